@@ -1,0 +1,45 @@
+"""Identifiers: a type prefix and a UUIDv7 (RFC 9562), so that ids sort by the time they were made.
+
+`pod_01jd3k…`: the prefix says what it is, 26 lowercase Crockford base32 characters are the 128 bits.
+The database makes the same ids by its function `new_id(prefix)`.
+"""
+
+import os
+import re
+import time
+from typing import Final, Literal
+
+Prefix = Literal["org", "agt", "key", "ofr", "qte", "pod", "att", "ins", "use", "bud", "evt", "acc", "tok", "req"]
+
+ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_BASE36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+_SHAPE: Final = re.compile(r"[a-z]{3}_[0-7][0-9a-hjkmnp-tv-z]{25}")
+
+
+def new_id(prefix: Prefix) -> str:
+    """Make an id such as `pod_01jd3kq8v0e4vsm2x7x5rmd2p9`."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = int.from_bytes(os.urandom(10), "big")
+    bits = (milliseconds & (2**48 - 1)) << 80
+    bits |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64  # version 7, rand_a
+    bits |= 0b10 << 62 | random & (2**62 - 1)  # variant, rand_b
+    return f"{prefix}_{base32(bits, 26)}"
+
+
+def base32(number: int, length: int) -> str:
+    """Write `number` with `length` Crockford characters, most significant first."""
+    return "".join(ALPHABET[number >> 5 * place & 31] for place in reversed(range(length)))
+
+
+def base36(number: int) -> str:
+    """Write a number the way `ref` carries its hard stop: `[0-9a-z]`, no leading zeros."""
+    digits = ""
+    while number or not digits:
+        number, digit = divmod(number, 36)
+        digits = _BASE36[digit] + digits
+    return digits
+
+
+def is_id(prefix: Prefix, text: str) -> bool:
+    """Say whether `text` has the shape of an id of this type (not whether there is such a thing)."""
+    return text.startswith(prefix + "_") and _SHAPE.fullmatch(text) is not None

@@ -1,0 +1,1 @@
+"""The only knowledge of vendors: one file per vendor, found by its name."""
