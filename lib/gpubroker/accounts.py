@@ -1,0 +1,193 @@
+"""Who there is: the installation, organisations, agents as a tree, and their keys.
+
+A child never has more than its parent: at creation it may not ask for more, and at use its rights are the intersection
+along its path, so a parent that shrinks shrinks all below it at once.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+import psycopg
+
+from gpubroker import budgets, errors, keys, store
+from gpubroker.ids import new_id
+from gpubroker.resources import SCOPES, Agent, AgentRequest, AgentWithKey, Key, KeyRequest, KeyWithSecret, NewKey, Whoami
+from gpubroker.store import accounts as rows
+from gpubroker.times import now
+
+_DEEPEST: Final = 32
+_OWNER_ALPHABET: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+_OWNER_LENGTH: Final = 8
+
+
+# The operator's side: no caller, no HTTP
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """What `gpubroker bootstrap` made or found. `key` is shown once."""
+
+    created: bool
+    owner: str
+    org_id: str
+    org_name: str
+    agent_id: str
+    key: NewKey
+    scopes: list[str]
+
+
+def install(database_url: str) -> str:
+    """Make the installation's owner if the database has none, and say whose it is.
+
+    The owner is in the reference of every instance that is ever made: the sweep touches no other.
+    """
+    owner = "".join(secrets.choice(_OWNER_ALPHABET) for _ in range(_OWNER_LENGTH))
+    with _connect(database_url) as conn:
+        return rows.install(conn, owner)
+
+
+def bootstrap(database_url: str, org_name: str, limit_micro: int, period: str, plan: str, *, new_key: bool) -> Bootstrap:
+    """Make an organisation, its root agent with a budget, and a key; again it changes nothing.
+
+    The first organisation's key has `admin`. With `new_key`, an organisation that is there gets a further key.
+    """
+    owner = install(database_url)
+    with _connect(database_url) as conn, conn.transaction():
+        first = rows.is_first_org(conn)
+        root = rows.find_root(conn, org_name)
+        created = root is None
+        if root is None:
+            scopes = [scope for scope in SCOPES if first or scope != "admin"]
+            root = rows.Root(new_id("org"), new_id("agt"), scopes, plan)
+            rows.add_org(conn, root, org_name, limit_micro, period)
+        key = NewKey(id="", key=None)
+        if created or new_key:
+            row, text = _make_key(root.org_id, root.agent_id, "bootstrap", root.scopes, None)
+            rows.add_first_key(conn, row)
+            key = NewKey(id=row.id, key=text)
+    return Bootstrap(created, owner, root.org_id, org_name, root.agent_id, key, root.scopes)
+
+
+def _connect(database_url: str) -> "psycopg.Connection[tuple[object, ...]]":
+    try:
+        return psycopg.connect(database_url, connect_timeout=10)
+    except psycopg.OperationalError as error:
+        reason = (str(error).strip().splitlines() or ["no answer"])[-1].strip()
+        raise errors.SetupError(f"the database cannot be reached: {reason}") from None
+
+
+# Agents
+
+
+async def create_agent(tx: store.Transaction, request: AgentRequest) -> AgentWithKey:
+    """Make a child of the caller's agent and its first key.
+
+    Raises ExceedsParent for scopes, an expiry or a budget that the parent does not have.
+    """
+    parent = tx.known
+    if len(parent.path) >= _DEEPEST:
+        msg = f"The tree of agents is at most {_DEEPEST} deep."
+        raise errors.ExceedsParent(msg, more={"errors": []})
+    scopes = _narrow(request.scopes, parent.scopes)
+    agent_id = new_id("agt")
+    expires_at = await _end(tx, parent.path, request.expires_in)
+    limit, period = (request.budget.limit_usd, request.budget.period) if request.budget else (None, "total")
+    if limit is not None:
+        await budgets.check_limit(tx, parent.path, limit, "/budget/limit_usd")
+    agent = rows.NewAgent(
+        agent_id, parent.org_id, [*parent.path, agent_id], request.name, scopes, request.metadata, expires_at
+    )
+    await rows.add_agent(tx.conn, agent, limit, period)
+    row, text = _make_key(parent.org_id, agent_id, request.name, scopes, None)
+    await rows.add_key(tx.conn, row)
+    made = await show_agent(tx, agent_id)
+    return AgentWithKey(**dict(made), key=NewKey(id=row.id, key=text))
+
+
+async def show_agent(tx: store.Transaction, agent_id: str) -> Agent:
+    """An agent of the caller's subtree. Raises NotFound for any other, in the same words."""
+    agent = await rows.find_agent(tx.conn, tx.known.agent_id, agent_id)
+    if agent is None:
+        raise errors.NotFound
+    return agent
+
+
+async def describe_caller(tx: store.Transaction) -> Whoami:
+    """Who the caller is: agent, organisation, the rights of its credential now, its budget."""
+    caller = tx.known
+    agent = await show_agent(tx, caller.agent_id)
+    organisation = await rows.find_org(tx.conn, caller.org_id)
+    if organisation is None:
+        raise errors.NotFound
+    return Whoami(
+        agent=agent,
+        organisation=organisation,
+        scopes=sorted(caller.scopes),
+        delegation=caller.actors or [caller.agent_id],
+        budgets=[await budgets.show_budget(tx, caller.agent_id)],
+        limits=agent.limits,
+    )
+
+
+# Keys
+
+
+async def create_key(tx: store.Transaction, request: KeyRequest) -> KeyWithSecret:
+    """Make a further key of the caller's agent or of one below it, with at most the caller's own rights."""
+    caller = tx.known
+    agent = await show_agent(tx, request.agent_id or caller.agent_id)
+    within = [scope for scope in agent.effective_scopes if scope in caller.scopes]
+    scopes = _narrow(request.scopes, within)
+    path = await rows.find_path(tx.conn, caller.agent_id, agent.id) or []
+    expires_at = await _end(tx, path, request.expires_in) if request.expires_in else None
+    row, text = _make_key(caller.org_id, agent.id, request.name, scopes, expires_at)
+    await rows.add_key(tx.conn, row)
+    made = await show_key(tx, row.id)
+    return KeyWithSecret(**dict(made), key=NewKey(id=row.id, key=text))
+
+
+async def show_key(tx: store.Transaction, key_id: str) -> Key:
+    """A key of the caller's subtree. Raises NotFound."""
+    key = await rows.find_key(tx.conn, tx.known.agent_id, key_id)
+    if key is None:
+        raise errors.NotFound
+    return key
+
+
+async def revoke_key(tx: store.Transaction, key_id: str) -> Key:
+    """Revoke a key of the caller's subtree: the next request with it is refused."""
+    await show_key(tx, key_id)
+    await rows.revoke_key(tx.conn, key_id)
+    return await show_key(tx, key_id)
+
+
+def _make_key(
+    org_id: str, agent_id: str, name: str, scopes: Sequence[str], expires_at: datetime | None
+) -> tuple[rows.KeyRow, str]:
+    key_id, text = keys.new_key()
+    row = rows.KeyRow(key_id, org_id, agent_id, name, text[: keys.SHOWN], keys.hash_key(text), list(scopes), expires_at)
+    return row, text
+
+
+def _narrow(wanted: Sequence[str] | None, parent: Sequence[str]) -> list[str]:
+    if wanted is None:
+        return [scope for scope in SCOPES if scope in parent and scope != "admin"]
+    beyond = [scope for scope in wanted if scope not in parent]
+    if beyond:
+        found = [{"pointer": "/scopes", "message": f"{scope} is not among the caller's scopes"} for scope in beyond]
+        raise errors.ExceedsParent(f"The caller does not have: {', '.join(beyond)}.", more={"errors": found})
+    return [scope for scope in SCOPES if scope in wanted]
+
+
+async def _end(tx: store.Transaction, path: Sequence[str], expires_in: int | None) -> datetime | None:
+    parents_end = await rows.first_end(tx.conn, path)
+    if expires_in is None:
+        return parents_end
+    end = now() + timedelta(seconds=expires_in)
+    if parents_end is not None and end > parents_end:
+        found = [{"pointer": "/expires_in", "message": "ends after the parent does"}]
+        raise errors.ExceedsParent("A child cannot live longer than its parent.", more={"errors": found})
+    return end

@@ -1,0 +1,120 @@
+"""Writing events beside their cause, and publishing them after COMMIT.
+
+The event's row is the truth, the message only wakes. A publish that fails, is lost or comes twice changes nothing but the
+time: the tick publishes again what the Broker did not take, and what a consumer has not finished.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Final
+
+from gpubroker import config, store
+from gpubroker.events import BY_WHAT, Data
+from gpubroker.ids import new_id
+from gpubroker.store import Event, Transaction
+from gpubroker.store import events as rows
+from gpubroker.times import format_time, now
+
+if TYPE_CHECKING:
+    import httpx
+
+log = logging.getLogger("gpubroker.outbox")
+
+traceparent: ContextVar[str | None] = ContextVar("traceparent", default=None)
+"""The W3C trace context of the request or event being worked on; events pass it on."""
+
+_TIMEOUT_SECONDS: Final = 10.0
+_publishing: set[asyncio.Task[None]] = set()
+_client: "httpx.AsyncClient | None" = None
+
+
+async def write(tx: Transaction, what: str, subject: str, data: Data, *, tenant: str | None, agent_id: str | None) -> Event:
+    """Write an event, such as `pod.requested`, into this transaction, with a delivery for each declared consumer."""
+    declared = BY_WHAT[what]
+    if type(data) is not declared.data:
+        msg = f"{what} carries {declared.data.__name__}, not {type(data).__name__}"
+        raise TypeError(msg)
+    event = Event(
+        id=new_id("evt"),
+        type=declared.type,
+        subject=subject,
+        tenant=tenant,
+        agent_id=agent_id,
+        traceparent=traceparent.get(),
+        data=data.model_dump(mode="json"),
+        at=now(),
+    )
+    await rows.add_event(tx, event, declared.consumers)
+    return event
+
+
+def publish_soon(events: Sequence[Event]) -> None:
+    """Publish beside whatever is going on; nobody waits for it. Without a Broker the ticks do all."""
+    if config.settings().sink_url is None:
+        return
+    task = asyncio.get_running_loop().create_task(publish(events))
+    _publishing.add(task)
+    task.add_done_callback(_publishing.discard)
+
+
+store.after_commit = publish_soon
+
+
+async def publish(events: Sequence[Event]) -> None:
+    """Send events to the Broker and remember those that it took. A failure is logged; the tick tries again."""
+    results = await asyncio.gather(*(_send(event) for event in events))
+    taken = [event.id for event, was_taken in zip(events, results, strict=True) if was_taken]
+    if not taken:
+        return
+    try:
+        async with (await store.pool()).connection() as conn, conn.transaction():
+            await conn.execute("SET LOCAL ROLE gpubroker_public")
+            await rows.mark_published(conn, taken)
+    except Exception as error:  # noqa: BLE001 - published once more is harmless, and nobody waits for an answer
+        log.warning("published events could not be marked: %s", type(error).__name__)
+
+
+async def _send(event: Event) -> bool:
+    from cloudevents.http import CloudEvent, to_binary  # noqa: PLC0415 - after the answer, so that no cold start pays for it
+
+    attributes = {
+        "id": event.id,
+        "type": event.type,
+        "source": f"/gpubroker/{config.settings().owner}",
+        "subject": event.subject,
+        "time": format_time(event.at),
+        "tenant": event.tenant,
+        "agent": event.agent_id,
+        "traceparent": event.traceparent,
+        "datacontenttype": "application/json",
+    }
+    headers, body = to_binary(CloudEvent({k: v for k, v in attributes.items() if v is not None}, event.data))
+    try:
+        answer = await _http().post(config.settings().sink_url or "", headers=headers, content=body)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the row is still there
+        log.warning("event %s (%s) was not published: %s", event.id, event.type, type(error).__name__)
+        return False
+    if not answer.is_success:
+        log.warning("event %s (%s) was not taken by the Broker: %d", event.id, event.type, answer.status_code)
+    return answer.is_success
+
+
+def _http() -> "httpx.AsyncClient":
+    global _client  # noqa: PLW0603 - one connection pool per process, made at the first publish
+    if _client is None:
+        import httpx  # noqa: PLC0415 - 100 ms that no cold start shall pay
+
+        _client = httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, trust_env=False)
+    return _client
+
+
+async def close(seconds: float = _TIMEOUT_SECONDS) -> None:
+    """Let what is being published end, at most so many seconds, and close the connection to the Broker."""
+    global _client  # noqa: PLW0603 - see _http()
+    if _publishing:
+        await asyncio.wait(_publishing, timeout=seconds)
+    closing, _client = _client, None
+    if closing is not None:
+        await closing.aclose()

@@ -1,0 +1,317 @@
+"""The public resources, as API.md names them: what answers carry and OpenAPI describes.
+
+A resource is read straight from its row (`psycopg.rows.class_row`), so that a field stands in one place. Money is
+micro-USD inside and a decimal string outside; times are aware UTC.
+"""
+
+from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from gpubroker.money import InUsd, Usd
+from gpubroker.times import Moment
+
+T = TypeVar("T")
+
+Scope = Literal[
+    "offers:read", "pods:read", "pods:write", "pods:exec", "usage:read", "budgets:write", "agents:write",
+    "activity:read", "events:read", "events:write", "admin",
+]  # fmt: skip
+SCOPES: Final[tuple[str, ...]] = Scope.__args__
+Period = Literal["total", "day", "month"]
+State = Literal[
+    "awaiting_approval", "requested", "creating", "starting", "running", "stopping", "stopped", "terminating",
+    "terminated", "failed", "interrupted", "unreachable",
+]  # fmt: skip
+Support = Literal["command", "image", "ports", "exec", "logs", "stop", "ssh"]
+
+
+class Output(BaseModel):
+    """A resource in an answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Input(BaseModel):
+    """A request body: exact types, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Page(Output, Generic[T]):
+    """A part of a list. `next_cursor` is null on the last one."""
+
+    items: list[T]
+    next_cursor: str | None = None
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        msg = "names something twice"
+        raise ValueError(msg)
+    return values
+
+
+Name = Annotated[str, Field(min_length=1, max_length=120, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Scopes = Annotated[list[Scope], Field(max_length=len(SCOPES)), AfterValidator(_distinct)]
+Metadata = Annotated[dict[Annotated[str, Field(min_length=1, max_length=64)], Any], Field(max_length=64)]
+ExpiresIn = Annotated[int, Field(ge=1, le=10 * 365 * 86400, description="Seconds from now.")]
+
+
+# Who there is
+
+
+class Limits(Output):
+    """An agent's own limits beside its budget; null is none of its own."""
+
+    max_pods: int | None = None
+    max_usd_per_hour: Usd | None = None
+    max_creates_per_minute: int | None = None
+
+
+class NewKey(Output):
+    """A key just made: the only time that it is shown. Null in a replay."""
+
+    id: str
+    key: str | None
+
+
+class Agent(Output):
+    """A principal: what acts, owns pods and pays. Its rights are the intersection along its path, at use."""
+
+    id: str
+    org_id: str
+    parent_id: str | None
+    name: str
+    scopes: list[str]
+    effective_scopes: list[str]
+    expires_at: Moment | None
+    revoked_at: Moment | None
+    metadata: dict[str, Any]
+    may_act: list[str]
+    grants: list[str]
+    limits: Limits
+    created_at: Moment
+
+
+class AgentWithKey(Agent):
+    """A new agent with its first key."""
+
+    key: NewKey
+
+
+class Key(Output):
+    """An API key, without the key: `start` is for people to recognise it by."""
+
+    id: str
+    agent_id: str
+    name: str
+    start: str
+    scopes: list[str]
+    created_at: Moment
+    used_at: Moment | None
+    expires_at: Moment | None
+    revoked_at: Moment | None
+
+
+class KeyWithSecret(Key):
+    """A key just made."""
+
+    key: NewKey
+
+
+class BudgetRequest(Input):
+    """A limit on what an agent and all below it may commit within a period (UTC)."""
+
+    limit_usd: InUsd
+    period: Period = "total"
+
+
+class AgentRequest(Input):
+    """A child of the caller's agent."""
+
+    name: Name
+    scopes: Scopes | None = Field(default=None, description="Omitted: the parent's, less admin.")
+    budget: BudgetRequest | None = None
+    expires_in: ExpiresIn | None = Field(default=None, description="Seconds; omitted: the parent's expiry.")
+    metadata: Metadata = Field(default_factory=dict)
+
+
+class KeyRequest(Input):
+    """A further key of the caller's agent or of one below it."""
+
+    agent_id: str | None = None
+    name: Name
+    scopes: Scopes | None = Field(default=None, description="Omitted: all that the caller may give.")
+    expires_in: ExpiresIn | None = None
+
+
+class Organisation(Output):
+    """A tenant."""
+
+    id: str
+    name: str
+    plan: str
+
+
+class Budget(Output):
+    """What an agent and all below it may commit, and what they have."""
+
+    agent_id: str
+    limit_usd: Usd | None
+    period: Period
+    period_start: Moment | None
+    spent_usd: Usd
+    held_usd: Usd
+    available_usd: Usd | None = Field(description="The least along the path to the root: what can be held now.")
+    own_available_usd: Usd | None
+    parent_id: str | None
+
+
+class Whoami(Output):
+    """Who the caller is and what it may do now."""
+
+    agent: Agent
+    organisation: Organisation
+    scopes: list[str]
+    delegation: list[str]
+    budgets: list[Budget]
+    limits: Limits
+
+
+# What can be rented
+
+
+class Offer(Output):
+    """Something that can be rented now. `price_usd_per_hour` is all that is charged for all of it."""
+
+    id: str
+    provider: str
+    provider_offer_id: str
+    gpu: str | None
+    gpu_count: int
+    vram_gb: int | None = Field(description="Nominal, per GPU.")
+    vcpus: float
+    ram_gb: float
+    disk_gb: int
+    region: str
+    country: str | None
+    spot: bool
+    price_usd_per_hour: Usd
+    price_usd_per_gpu_hour: Usd | None
+    min_billing_seconds: int
+    billing_increment_seconds: int
+    stopped_price_usd_per_hour: Usd | None
+    supports: list[str]
+    reliability: float | None
+    availability: str
+    observed_at: Moment
+    stale: bool
+
+
+# What runs
+
+
+class Endpoint(Output):
+    """Where a port of the pod is reached."""
+
+    name: str
+    port: int | None
+    protocol: str
+    host: str
+    external_port: int
+    url: str | None = None
+    command: str | None = None
+
+
+class AttemptView(Output):
+    """One try at one offer."""
+
+    provider: str
+    offer_id: str
+    outcome: str
+    code: str | None
+    at: Moment
+
+
+class Pod(Output):
+    """What an agent wanted and what there is of it."""
+
+    id: str
+    name: str | None
+    state: State
+    state_reason: str | None
+    billing: str
+    provider: str | None
+    provider_instance_id: str | None
+    provider_status: str | None
+    offer: dict[str, Any] | None
+    price_usd_per_hour: Usd | None
+    spent_usd: Usd
+    budget_usd: Usd | None
+    committed_usd: Usd
+    endpoints: list[Endpoint]
+    labels: dict[str, str]
+    agent_id: str
+    attempts: list[AttemptView]
+    allowed_actions: list[str]
+    version: int
+    settled: bool
+    poll_after_seconds: int | None
+    eta_seconds: int | None
+    ends_because: str | None
+    exit_code: int | None
+    links: dict[str, str]
+    created_at: Moment
+    running_at: Moment | None
+    expires_at: Moment
+    terminated_at: Moment | None
+
+
+class ExecAnswer(Output):
+    """What a command in a pod left. `exit_code` is null when its time was over."""
+
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    truncated: bool
+    duration_ms: int
+
+
+# What was used
+
+
+class UsageRecord(Output):
+    """An interval of an instance that its agent was charged for."""
+
+    id: str
+    pod_id: str
+    agent_id: str
+    instance: str
+    provider: str
+    gpu: str | None
+    gpu_count: int
+    billing: str
+    from_: Moment = Field(serialization_alias="from")
+    to: Moment
+    seconds: int
+    price_usd_per_hour: Usd
+    amount_usd: Usd
+
+
+class UsageRow(Output):
+    """What a group used. `seconds` are those in which an instance ran."""
+
+    key: str | None
+    seconds: int
+    gpu_seconds: int
+    amount_usd: Usd
+
+
+class Usage(Output):
+    """What was used in a time, grouped."""
+
+    from_: Moment = Field(serialization_alias="from")
+    to: Moment
+    items: list[UsageRow]
+    total: UsageRow

@@ -1,0 +1,127 @@
+"""Rows of `event`, `delivery` and `tick`."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from gpubroker.store import Connection, Event, Transaction
+
+_ADD: Final = """
+INSERT INTO event (id, type, subject, tenant, agent_id, traceparent, data, at)
+VALUES (%(id)s, %(type)s, %(subject)s, %(tenant)s, %(agent_id)s, %(traceparent)s, %(data)s, %(at)s)"""
+_ADD_DELIVERIES: Final = """
+INSERT INTO delivery (event_id, consumer, tenant) SELECT %s, unnest(%s::text[]), %s"""
+
+
+async def add_event(tx: Transaction, event: Event, consumers: Sequence[str]) -> None:
+    """Write an event with a delivery row for each consumer; it is published once the transaction is committed."""
+    row = {name: getattr(event, name) for name in Event.__slots__} | {"data": Jsonb(event.data)}
+    await tx.conn.execute(_ADD, row)
+    if consumers:
+        await tx.conn.execute(_ADD_DELIVERIES, (event.id, list(consumers), event.tenant))
+    tx.events.append(event)
+
+
+_MARK_PUBLISHED: Final = "SELECT mark_published(%s)"
+
+
+async def mark_published(conn: Connection, ids: Sequence[str]) -> None:
+    """Remember that the Broker took these events."""
+    await conn.execute(_MARK_PUBLISHED, (list(ids),))
+
+
+_FINISH_DELIVERY: Final = """
+UPDATE delivery SET done_at = clock_timestamp() WHERE event_id = %s AND consumer = %s AND done_at IS NULL"""
+
+
+async def finish_delivery(tx: Transaction, event_id: str, consumer: str) -> bool:
+    """The guard of a consumer: true for the one transaction that may have the event's effect."""
+    done = await tx.conn.execute(_FINISH_DELIVERY, (event_id, consumer))
+    return done.rowcount == 1
+
+
+_FAIL_DELIVERY: Final = """
+UPDATE delivery SET failure = %s WHERE event_id = %s AND done_at IS NULL AND (%s::text IS NULL OR consumer = %s)"""
+
+
+async def fail_delivery(tx: Transaction, event_id: str, consumer: str | None, failure: str) -> bool:
+    """Note why an event could not be delivered; the tick publishes it again. False: nobody waits for this event."""
+    noted = await tx.conn.execute(_FAIL_DELIVERY, (failure[:500], event_id, consumer, consumer))
+    return noted.rowcount > 0
+
+
+_TAKE_OVERDUE: Final = """
+WITH overdue AS (
+    SELECT e.id FROM event e
+     WHERE e.published_at IS NULL AND e.next_at <= clock_timestamp() AND e.at > clock_timestamp() - interval '3 days'
+    UNION
+    SELECT d.event_id FROM delivery d WHERE d.done_at IS NULL AND d.next_at <= clock_timestamp()
+     LIMIT %s
+), moved AS (
+    UPDATE delivery d
+       SET tries = tries + 1, next_at = clock_timestamp() + least(interval '60 seconds' * 2 ^ least(tries, 10), interval '6 hours')
+     WHERE d.event_id IN (SELECT id FROM overdue) AND d.done_at IS NULL
+)
+UPDATE event e
+   SET tries = tries + 1, next_at = clock_timestamp() + least(interval '10 seconds' * 2 ^ least(tries, 10), interval '1 hour')
+ WHERE e.id IN (SELECT id FROM overdue)
+RETURNING e.id, e.type, e.subject, e.tenant, e.agent_id, e.traceparent, e.data, e.at"""
+
+
+async def take_overdue(tx: Transaction, limit: int = 200) -> list[Event]:
+    """Events that the Broker did not take, or that a consumer has not finished: to be published again."""
+    cursor = tx.conn.cursor(row_factory=class_row(Event))
+    await cursor.execute(_TAKE_OVERDUE, (limit,))
+    return await cursor.fetchall()
+
+
+_WAKE: Final = "SELECT id, type, subject, tenant, agent_id, traceparent, data, at FROM wake(%s)"
+
+
+async def wake(tx: Transaction, pod_id: str) -> None:
+    """Publish a due pod's last event again, at most once in 2 seconds; nothing for one that is not due."""
+    cursor = tx.conn.cursor(row_factory=class_row(Event))
+    await cursor.execute(_WAKE, (pod_id,))
+    event = await cursor.fetchone()
+    if event is not None:
+        tx.events.append(event)
+
+
+_TAKE_TICK: Final = """
+INSERT INTO tick (name, bucket) VALUES (%s, to_timestamp(floor(extract(epoch FROM clock_timestamp()) / %s) * %s))
+ON CONFLICT DO NOTHING"""
+
+
+async def take_tick(tx: Transaction, name: str, seconds: int) -> bool:
+    """Claim this schedule's present bucket of `seconds`; false when another tick did."""
+    taken = await tx.conn.execute(_TAKE_TICK, (name, seconds, seconds))
+    return taken.rowcount == 1
+
+
+_PRUNE: Final = (
+    "DELETE FROM tick WHERE bucket < clock_timestamp() - interval '1 day'",
+    "DELETE FROM idempotency WHERE at < clock_timestamp() - interval '48 hours'",
+    "DELETE FROM listing l WHERE l.began_at < clock_timestamp() - interval '2 days'",
+    "DELETE FROM refresh r WHERE r.began_at < clock_timestamp() - interval '2 days' AND EXISTS (SELECT FROM refresh n"
+    " WHERE n.account_id = r.account_id AND n.complete AND n.began_at > r.began_at)",
+)
+
+
+async def prune(tx: Transaction) -> None:
+    """Delete what only the recent past needed: ticks, idempotency keys, listings."""
+    for statement in _PRUNE:
+        await tx.conn.execute(statement)
+
+
+_HISTORY: Final = """
+SELECT id, type, subject, tenant, agent_id, traceparent, data, at FROM event
+ WHERE subject = %s AND (%s::text IS NULL OR id > %s) ORDER BY id LIMIT %s"""
+
+
+async def list_history(conn: Connection, subject: str, after: str | None, limit: int) -> list[Event]:
+    """The events of one subject in the order in which they were written."""
+    cursor = conn.cursor(row_factory=class_row(Event))
+    await cursor.execute(_HISTORY, (subject, after, after, limit))
+    return await cursor.fetchall()

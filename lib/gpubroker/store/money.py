@@ -1,0 +1,206 @@
+"""Rows of `budget`, `hold`, `phase`, `usage_interval` and `ledger`; the rules stand in the migrations' functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Final
+
+from psycopg.rows import class_row
+
+from gpubroker.resources import Budget, UsageRecord, UsageRow
+from gpubroker.store import Connection
+
+_STANDING: Final = """
+SELECT b.agent_id, a.parent_id, b.limit_micro, cardinality(a.path) AS depth,
+       CASE WHEN b.period_start >= start_of(b.period, instant()) THEN b.committed_micro ELSE 0 END AS committed_micro
+  FROM budget b JOIN agent a ON a.id = b.agent_id
+ WHERE b.agent_id = ANY (%s) ORDER BY depth DESC"""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a budget has committed in its present period, in micro-USD. `limit_micro` None: no limit of its own."""
+
+    agent_id: str
+    parent_id: str | None
+    limit_micro: int | None
+    depth: int
+    committed_micro: int
+
+    @property
+    def available_micro(self) -> int | None:
+        """What its own limit still allows; never negative."""
+        return None if self.limit_micro is None else max(0, self.limit_micro - self.committed_micro)
+
+
+async def list_standings(conn: Connection, path: Sequence[str]) -> list[Standing]:
+    """The budgets of a path, the leaf first, as they stand now; nothing is locked."""
+    cursor = conn.cursor(row_factory=class_row(Standing))
+    await cursor.execute(_STANDING, (list(path),))
+    return await cursor.fetchall()
+
+
+_BUDGET: Final = """
+WITH standing AS (
+    SELECT b.agent_id, a.parent_id, a.path, b.limit_micro, b.period, start_of(b.period, instant()) AS period_start,
+           CASE WHEN b.period_start >= start_of(b.period, instant()) THEN b.committed_micro ELSE 0 END AS committed_micro
+      FROM budget b JOIN agent a ON a.id = b.agent_id JOIN agent_path p ON p.agent_id = a.id
+     WHERE p.ancestor_id = %(above)s AND (%(id)s::text IS NULL OR a.id = %(id)s)
+       AND (%(after)s::text IS NULL OR a.id > %(after)s)
+     ORDER BY a.id LIMIT %(limit)s
+), held AS (
+    SELECT s.agent_id, coalesce(sum(h.amount_micro - h.drawn_micro), 0)::bigint AS held_micro
+      FROM standing s
+      LEFT JOIN (hold h JOIN hold_budget hb ON hb.hold_id = h.id AND h.closed_at IS NULL)
+        ON hb.agent_id = s.agent_id AND hb.period_start = s.period_start
+     GROUP BY s.agent_id
+)
+SELECT s.agent_id, s.limit_micro AS limit_usd, s.period, nullif(s.period_start, '-infinity') AS period_start,
+       s.committed_micro - h.held_micro AS spent_usd, h.held_micro AS held_usd,
+       (SELECT min(greatest(0, u.limit_micro
+                     - CASE WHEN u.period_start >= start_of(u.period, instant()) THEN u.committed_micro ELSE 0 END))
+          FROM budget u WHERE u.agent_id = ANY (s.path)) AS available_usd,
+       greatest(0, s.limit_micro - s.committed_micro) AS own_available_usd,
+       s.parent_id
+  FROM standing s JOIN held h USING (agent_id) ORDER BY s.agent_id"""
+
+
+async def list_budgets(
+    conn: Connection, above: str, *, agent_id: str | None = None, after: str | None = None, limit: int = 1
+) -> list[Budget]:
+    """Budgets of the subtree of `above`, or that of one agent in it."""
+    cursor = conn.cursor(row_factory=class_row(Budget))
+    await cursor.execute(_BUDGET, {"above": above, "id": agent_id, "after": after, "limit": limit})
+    return await cursor.fetchall()
+
+
+async def set_budget(conn: Connection, agent_id: str, limit_micro: int, period: str) -> None:
+    """Set an agent's own limit; what is held or was spent in the period counts against it."""
+    await conn.execute("SELECT set_budget(%s, %s, %s)", (agent_id, limit_micro, period))
+
+
+_SPENT: Final = """
+SELECT coalesce(sum(drawn_micro), 0)::bigint, coalesce(sum(CASE WHEN closed_at IS NULL THEN amount_micro ELSE drawn_micro END), 0)::bigint
+  FROM hold WHERE pod_id = %s"""
+
+
+async def bill(conn: Connection, instance_id: str, until: datetime) -> int:
+    """Move an instance's watermark up to `until`. Returns what its agent was charged, micro-USD."""
+    row = await (await conn.execute("SELECT bill(%s, %s)", (instance_id, until))).fetchone()
+    return int(row[0]) if row else 0
+
+
+async def change_phase(
+    conn: Connection, instance_id: str, at: datetime, billing: str, price_micro_h: int, payer: str
+) -> None:
+    """From `at` on (truncated to the second, never before what is billed) the instance costs this."""
+    await conn.execute("SELECT change_phase(%s, %s, %s, %s, %s)", (instance_id, at, billing, price_micro_h, payer))
+
+
+async def settle(conn: Connection, pod_id: str) -> None:
+    """Bill to the end, top up to the minimum, close the holds: one step. The caller has locked the pod."""
+    await conn.execute("SELECT settle(%s)", (pod_id,))
+
+
+async def close_months(conn: Connection) -> list[date]:
+    """Close the month before last or last, from the 3rd on, 00:00 UTC; names what it closed."""
+    return [row[0] for row in await (await conn.execute("SELECT close_months()")).fetchall()]
+
+
+_RECORDS: Final = """
+SELECT u.id, u.pod_id, d.agent_id, i.provider_instance_id AS instance, t.provider, t.gpu, t.gpu_count, f.billing,
+       lower(u.during) AS from_, upper(u.during) AS to,
+       extract(epoch FROM upper(u.during) - lower(u.during))::bigint AS seconds,
+       f.price_micro_h AS price_usd_per_hour, u.charged_micro AS amount_usd
+  FROM usage_interval u
+  JOIN pod d ON d.id = u.pod_id
+  JOIN agent_path p ON p.agent_id = d.agent_id AND p.ancestor_id = %(above)s
+  JOIN instance i ON i.id = u.instance_id
+  JOIN attempt t ON t.id = i.attempt_id
+  JOIN phase f ON f.instance_id = u.instance_id AND f.seq = u.phase_seq
+ WHERE u.payer = 'customer' AND u.during && tstzrange(%(from)s, %(to)s)
+   AND (%(pod)s::text IS NULL OR u.pod_id = %(pod)s)
+   AND (%(agent)s::text IS NULL OR d.agent_id = %(agent)s)
+   AND (%(after)s::text IS NULL OR u.id > %(after)s)
+ ORDER BY u.id LIMIT %(limit)s"""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A question about usage: whose, from when, to when, and of what alone."""
+
+    above: str
+    from_at: datetime
+    to_at: datetime
+    pod_id: str | None = None
+    agent_id: str | None = None
+
+    def parameters(self) -> dict[str, object]:
+        """The parameters that all queries of usage share."""
+        return {"above": self.above, "from": self.from_at, "to": self.to_at, "pod": self.pod_id, "agent": self.agent_id}
+
+
+async def list_records(conn: Connection, span: Span, after: str | None, limit: int) -> list[UsageRecord]:
+    """The intervals that agents were charged for, in the order in which they were billed."""
+    cursor = conn.cursor(row_factory=class_row(UsageRecord))
+    await cursor.execute(_RECORDS, span.parameters() | {"after": after, "limit": limit})
+    return await cursor.fetchall()
+
+
+_PIECES: Final = """
+WITH span AS (
+    SELECT u.pod_id, d.agent_id, t.provider, t.gpu, t.gpu_count, f.billing, lower(u.during) AS from_at,
+           extract(epoch FROM upper(u.during) - lower(u.during))::bigint AS whole, u.charged_micro,
+           greatest(lower(u.during), %(from)s) AS a, least(upper(u.during), %(to)s) AS z
+      FROM usage_interval u
+      JOIN pod d ON d.id = u.pod_id
+      JOIN agent_path p ON p.agent_id = d.agent_id AND p.ancestor_id = %(above)s
+      JOIN instance i ON i.id = u.instance_id
+      JOIN attempt t ON t.id = i.attempt_id
+      JOIN phase f ON f.instance_id = u.instance_id AND f.seq = u.phase_seq
+     WHERE u.payer = 'customer' AND u.during && tstzrange(%(from)s, %(to)s)
+       AND (%(pod)s::text IS NULL OR u.pod_id = %(pod)s) AND (%(agent)s::text IS NULL OR d.agent_id = %(agent)s)
+), cut AS (  -- at full hours, for those who ask by the hour; amounts telescope, so that cutting never changes a sum
+    SELECT s.*, greatest(s.a, g.at) AS b, least(s.z, g.at + interval '1 hour') AS e
+      FROM span s CROSS JOIN LATERAL generate_series(date_trunc('hour', s.a, 'UTC'), s.z - interval '1 second', interval '1 hour') g(at)
+), piece AS (
+    SELECT pod_id, agent_id, provider, gpu, b AS at,
+           CASE billing WHEN 'full' THEN extract(epoch FROM e - b)::bigint ELSE 0 END AS seconds, gpu_count,
+           charged_micro * extract(epoch FROM e - from_at)::bigint / whole
+             - charged_micro * extract(epoch FROM b - from_at)::bigint / whole AS amount_micro
+      FROM cut
+    UNION ALL
+    SELECT l.pod_id, l.agent_id, t.provider, t.gpu, l.at, 0, t.gpu_count, l.amount_micro
+      FROM ledger l
+      JOIN agent_path p ON p.agent_id = l.agent_id AND p.ancestor_id = %(above)s
+      JOIN instance i ON i.id = l.instance_id JOIN attempt t ON t.id = i.attempt_id
+     WHERE l.account = 'minimum' AND l.at >= %(from)s AND l.at < %(to)s
+       AND (%(pod)s::text IS NULL OR l.pod_id = %(pod)s) AND (%(agent)s::text IS NULL OR l.agent_id = %(agent)s)
+)"""
+_SUMS: Final = """, coalesce(sum(seconds), 0)::bigint AS seconds, coalesce(sum(seconds * gpu_count), 0)::bigint AS gpu_seconds,
+       coalesce(sum(amount_micro), 0)::bigint AS amount_usd FROM piece"""
+_TOTAL: Final = _PIECES + " SELECT NULL AS key" + _SUMS
+_BY: Final = {
+    "agent": _PIECES + " SELECT agent_id AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "pod": _PIECES + " SELECT pod_id AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "provider": _PIECES + " SELECT provider AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "gpu": _PIECES + " SELECT gpu AS key" + _SUMS + " GROUP BY 1 ORDER BY 1 NULLS LAST",
+    "hour": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "day": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "month": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+}
+_BY_LABEL: Final = (
+    _PIECES + " SELECT v AS key" + _SUMS + " LEFT JOIN pod_label n ON n.pod_id = piece.pod_id AND n.k = %(label)s GROUP BY 1 ORDER BY 1 NULLS LAST"
+)  # fmt: skip
+
+
+async def sum_usage(conn: Connection, span: Span, group: str | None) -> list[UsageRow]:
+    """Usage in groups, or without one its total alone. `group` is a key of API.md's `group_by`."""
+    cursor = conn.cursor(row_factory=class_row(UsageRow))
+    if group is None:
+        await cursor.execute(_TOTAL, span.parameters())
+    elif group.startswith("label:"):
+        await cursor.execute(_BY_LABEL, span.parameters() | {"label": group.removeprefix("label:")})
+    else:
+        await cursor.execute(_BY[group], span.parameters())
+    return await cursor.fetchall()

@@ -1,0 +1,546 @@
+"""HTTP for public functions: routes, authentication, validation, problem documents, request ids.
+
+A function's main.py declares operations on an `Api`; the same models validate, answer and describe (OpenAPI). A handler
+gets a `Call` and returns an `Answer`; whatever it raises becomes a problem document (RFC 9457).
+"""
+
+import base64
+import binascii
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Annotated, Any, Final, Generic, Protocol, TypeVar, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from gpubroker import bundle, config, errors, keys, outbox, store
+from gpubroker.ids import new_id
+from gpubroker.resources import Input, Page
+
+log = logging.getLogger("gpubroker.web")
+
+LARGEST_BODY: Final = 1024 * 1024
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+_IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
+_METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
+_WITH_BODY: Final = ("POST", "PUT", "PATCH")
+_CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gpubroker"'}
+_DEEPEST: Final = 32
+_ERRORS_PATH: Final = "/docs/errors.md"
+
+
+class Query(BaseModel):
+    """Query parameters: no unknown ones; a list field may be repeated, others not."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Nothing(Input):
+    """An empty body."""
+
+
+class NoQuery(Query):
+    """No query parameters."""
+
+
+B = TypeVar("B", bound=Input)
+Q = TypeVar("Q", bound=Query)
+
+
+def _whole(text: object) -> object:
+    if isinstance(text, str) and not re.fullmatch(r"-?[0-9]{1,18}", text):
+        msg = "must be a whole number"
+        raise ValueError(msg)
+    return text
+
+
+def _flag(text: object) -> object:
+    if isinstance(text, str) and text not in ("true", "false"):
+        msg = "must be true or false"
+        raise ValueError(msg)
+    return text
+
+
+Whole = BeforeValidator(_whole, json_schema_input_type=int)
+"""Marks a whole number in a query: `5`, not `5.0` or ` 5`."""
+Flag = BeforeValidator(_flag, json_schema_input_type=bool)
+"""Marks a boolean in a query: `true` or `false`, nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a handler answers with."""
+
+    body: BaseModel | Mapping[str, object] | None = None
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+Handled = Answer | Response
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path: what it takes, needs and answers."""
+
+    method: str
+    path: str
+    handler: Callable[["Call[Any, Any]"], Awaitable[Handled]]
+    summary: str
+    scope: str | None = None
+    open: bool = False
+    body: type[Input] = Nothing
+    query: type[Query] = NoQuery
+    answers: Mapping[int, Any] = field(default_factory=dict[int, Any])
+    idempotent: bool = False
+
+
+class Call(Generic[B, Q]):
+    """One request, checked: `body` and `query` are what the operation's models made of it."""
+
+    def __init__(self, request: Request, operation: Operation, request_id: str) -> None:
+        self.request = request
+        self.operation = operation
+        self.request_id = request_id
+        self.credential = store.Credential()
+        self.idempotency_key: str | None = None
+        self.raw: object = None
+        """The body as parsed, for the MAC of an Idempotency-Key."""
+        self.headers: dict[str, str] = {}
+        """Headers for whatever answer there will be."""
+        self._body: Input = Nothing()
+        self._query: Query = NoQuery()
+
+    @property
+    def body(self) -> B:
+        """The validated body."""
+        return cast("B", self._body)
+
+    @property
+    def query(self) -> Q:
+        """The validated query."""
+        return cast("Q", self._query)
+
+    def path(self, name: str) -> str:
+        """A parameter of the path."""
+        return cast("str", self.request.path_params[name])
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[store.Transaction]:
+        """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
+        async with store.public(self.credential, self.operation.scope) as tx:
+            yield tx
+
+    async def read(self) -> None:
+        """Take the request in: credential, key, query, body. What is wrong with it is only said to who may know."""
+        if not self.operation.open:
+            self.credential = read_credential(self.request)
+        try:
+            self._query = _parse_query(self.request, self.operation.query)
+            self.idempotency_key = _parse_key(self.request) if self.operation.idempotent else None
+            if self.operation.method in _WITH_BODY:
+                self.raw, self._body = await _parse_body(self.request, self.operation.body)
+        except errors.Problem:
+            if not self.operation.open:
+                async with self.transaction():
+                    pass
+            raise
+
+
+class Api:
+    """The operations of one function, as an ASGI application."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.operations: list[Operation] = []
+        self._router: Router | None = None
+
+    def operation(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str | None = None,
+        open: bool = False,  # noqa: A002 - reads best at its users: an operation open to all
+        body: type[B] = Nothing,
+        query: type[Q] = NoQuery,
+        answers: Mapping[int, Any],
+        idempotent: bool = False,
+    ) -> Callable[[Callable[[Call[B, Q]], Awaitable[Handled]]], Callable[[Call[B, Q]], Awaitable[Handled]]]:
+        """Declare an operation; its handler's docstring is its summary."""
+
+        def declare(handler: Callable[[Call[B, Q]], Awaitable[Handled]]) -> Callable[[Call[B, Q]], Awaitable[Handled]]:
+            summary = (handler.__doc__ or "").strip().splitlines()[0]
+            self.operations.append(
+                Operation(method, path, handler, summary, scope, open, body, query, dict(answers), idempotent)
+            )
+            return handler
+
+        return declare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if self._router is None:
+            self._router = self._route()
+        await self._router(scope, receive, send)
+
+    def _route(self) -> Router:
+        health = Operation("GET", "/healthz", _check_health, "Say whether this function works.", open=True)
+        manual = Operation("GET", _ERRORS_PATH, _show_errors, "What each error means.", open=True)
+        paths: dict[str, dict[str, Operation]] = {}
+        for operation in (*self.operations, health, manual):
+            paths.setdefault(operation.path, {})[operation.method] = operation
+        routes = [Route(path, _Resource(methods)) for path, methods in paths.items()]
+        return Router(routes, redirect_slashes=False, default=_Resource({}))
+
+
+class _Resource:
+    """One path: chooses the operation by method. Without operations it is the path that does not exist."""
+
+    def __init__(self, operations: Mapping[str, Operation]) -> None:
+        self._operations = operations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        request = Request(scope, receive)
+        request_id = _choose_request_id(request)
+        outbox.traceparent.set(request.headers.get("traceparent"))
+        method = "GET" if request.method == "HEAD" else request.method
+        headers: dict[str, str] = {}
+        try:
+            operation = self._choose(request, method)
+            call: Call[Any, Any] = Call(request, operation, request_id)
+            headers = call.headers
+            await call.read()
+            answer = await operation.handler(call)
+            response = answer if isinstance(answer, Response) else render(answer)
+        except Exception as error:  # noqa: BLE001 - every error becomes a problem document; an unknown one is logged whole
+            response = render_problem(as_problem(error, request_id), request_id)
+        for name, value in (*headers.items(), ("X-Request-Id", request_id)):
+            response.headers[name] = value
+        await response(scope, receive, send)
+        _log_request(request, response.status_code, request_id, time.perf_counter() - began)
+
+    def _choose(self, request: Request, method: str) -> Operation:
+        if not self._operations:
+            msg = f"There is no path {request.url.path}."
+            raise errors.NotFound(msg, hint="See /openapi.json for the paths there are.")
+        if method not in self._operations:
+            allowed = sorted(self._operations)
+            if "GET" in allowed:
+                allowed.append("HEAD")
+            msg = f"{request.url.path} takes {', '.join(allowed)}."
+            raise errors.MethodNotAllowed(msg, headers={"Allow": ", ".join(allowed)})
+        return self._operations[method]
+
+
+def _choose_request_id(request: Request) -> str:
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else new_id("req")
+
+
+def _log_request(request: Request, status: int, request_id: str, seconds: float) -> None:
+    log.info("%s %s %d %.1fms %s", request.method, request.url.path, status, seconds * 1000, request_id)
+
+
+async def _check_health(call: Call[Any, Any]) -> Answer:
+    del call
+    opened = await store.pool()
+    async with opened.connection() as conn:
+        await conn.execute("SELECT 1")
+    return Answer({"status": "ok"})
+
+
+async def _show_errors(call: Call[Any, Any]) -> Response:
+    del call
+    path = bundle.home() / "docs" / "errors.md"
+    if not path.is_file():
+        raise errors.NotFound
+    return Response(path.read_bytes(), media_type="text/markdown")
+
+
+# Reading a request
+
+
+def read_credential(request: Request) -> store.Credential:
+    """Find the credential in `Authorization: Bearer` or `X-API-Key`. Raises Unauthenticated when there is none."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    key = request.headers.get("x-api-key")
+    if scheme and scheme.lower() != "bearer":
+        raise errors.Unauthenticated("The Authorization header is not a Bearer credential.", headers=_CHALLENGE)
+    text = given.strip() or key
+    if not text:
+        raise errors.Unauthenticated(headers=_CHALLENGE)
+    if not keys.is_key(text):
+        raise errors.Unauthenticated(headers={"WWW-Authenticate": _CHALLENGE["WWW-Authenticate"] + ', error="invalid_token"'})
+    return store.Credential(key_hash=keys.hash_key(text))
+
+
+def _parse_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise invalid("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
+    return key
+
+
+def _parse_query(request: Request, model: type[Query]) -> Query:
+    given: dict[str, list[str]] = {}
+    for name, value in request.query_params.multi_items():
+        given.setdefault(name, []).append(value)
+    values: dict[str, object] = {}
+    repeated: list[dict[str, object]] = []
+    for name, texts in given.items():
+        declared = model.model_fields.get(name)
+        if declared is not None and "list[" in str(declared.annotation):
+            values[name] = texts
+        elif len(texts) > 1:
+            repeated.append({"pointer": f"?{name}", "message": "may be given once only"})
+        else:
+            values[name] = texts[0]
+        if any("\x00" in text for text in texts):
+            repeated.append({"pointer": f"?{name}", "message": "holds a NUL character"})
+    if repeated:
+        raise errors.Invalid(more={"errors": repeated})
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _as_invalid(error, model, "?") from None
+
+
+async def _parse_body(request: Request, model: type[Input]) -> tuple[object, Input]:
+    raw = await read_body(request)
+    if not raw and model is Nothing:
+        return None, Nothing()
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise errors.UnsupportedMediaType
+    parsed = parse_json(raw)
+    if not isinstance(parsed, dict):
+        raise errors.Invalid(more={"errors": [{"pointer": "", "message": "must be a JSON object"}]})
+    try:
+        return cast("object", parsed), model.model_validate(parsed)
+    except ValidationError as error:
+        raise _as_invalid(error, model, "/") from None
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the whole body. Raises BodyTooLarge above 1 MiB, as soon as that is known."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > LARGEST_BODY:
+        raise errors.BodyTooLarge
+    read = bytearray()
+    async for chunk in request.stream():
+        read += chunk
+        if len(read) > LARGEST_BODY:
+            raise errors.BodyTooLarge
+    return bytes(read)
+
+
+def parse_json(raw: bytes) -> object:
+    """Read JSON exactly: numbers with a point as Decimal, no NaN, no name twice, nothing PostgreSQL could not store."""
+    try:
+        parsed: object = json.loads(
+            raw, parse_float=_parse_number, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated
+        )
+    except errors.Problem:
+        raise
+    except (ValueError, RecursionError) as error:
+        detail = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8, or nested too deep"
+        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise errors.MalformedJson(f"The body is not valid JSON: {detail}{place}.") from None
+    _refuse_unstorable(parsed, "", 0)
+    return parsed
+
+
+def _parse_number(text: str) -> Decimal:
+    if len(text) > 40:  # noqa: PLR2004 - no amount has so many digits, and an exponent of millions would cost memory
+        msg = "a number is too long"
+        raise ValueError(msg)
+    number = Decimal(text)
+    if abs(number.adjusted()) > 40:  # noqa: PLR2004 - as above
+        msg = "a number is too large or too small"
+        raise ValueError(msg)
+    return number
+
+
+def _refuse_constant(text: str) -> object:
+    msg = f"{text} is not JSON"
+    raise ValueError(msg)
+
+
+def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        msg = "an object has the same name twice"
+        raise ValueError(msg)
+    return made
+
+
+def _refuse_unstorable(value: object, pointer: str, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise errors.MalformedJson("The body is nested too deep.")
+    if isinstance(value, str):
+        if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise invalid(pointer or "/", "holds a NUL character or half a surrogate pair")
+    elif isinstance(value, dict):
+        for name, member in cast("dict[str, object]", value).items():
+            _refuse_unstorable(name, pointer, depth + 1)
+            _refuse_unstorable(member, f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}", depth + 1)
+    elif isinstance(value, list):
+        for place, member in enumerate(cast("list[object]", value)):
+            _refuse_unstorable(member, f"{pointer}/{place}", depth + 1)
+    elif isinstance(value, int) and abs(value) > 2**63:
+        raise invalid(pointer or "/", "is too large a number")
+
+
+# Errors
+
+
+def invalid(pointer: str, message: str, *, did_you_mean: str | None = None) -> errors.Invalid:
+    """An `invalid` problem about one place: `/name` in the body, `?limit` in the query."""
+    found: dict[str, object] = {"pointer": pointer, "message": message}
+    if did_you_mean:
+        found["did_you_mean"] = did_you_mean
+    return errors.Invalid(f"{pointer} {message}.", more={"errors": [found]})
+
+
+def _as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> errors.Invalid:
+    found: list[dict[str, object]] = []
+    for wrong in error.errors(include_url=False, include_input=False, include_context=False):
+        place = "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in wrong["loc"])
+        message = wrong["msg"].removeprefix("Value error, ")
+        entry: dict[str, object] = {"pointer": root + place, "message": message}
+        if wrong["type"] == "extra_forbidden":
+            entry["message"] = "is not known here"
+            near = _nearest(model, wrong["loc"])
+            if near:
+                entry["did_you_mean"] = near
+        found.append(entry)
+    first = found[0]
+    return errors.Invalid(f"{first['pointer']}: {first['message']}.", more={"errors": found})
+
+
+def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None:
+    from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
+
+    fields = model.model_fields
+    for part in place[:-1]:
+        declared = fields.get(str(part))
+        inner = [a for a in _models_in(declared.annotation if declared else None)]
+        fields = inner[0].model_fields if inner else {}
+    near = get_close_matches(str(place[-1]), list(fields), n=1)
+    return near[0] if near else None
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+
+
+def as_problem(error: Exception, request_id: str) -> errors.Problem:
+    """Make a problem of whatever was raised. What nobody foresaw is logged whole and shown as nothing."""
+    if isinstance(error, errors.Problem):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return errors.MalformedJson("The body ended early.")
+    if isinstance(error, errors.SetupError):
+        log.error("%s: %s", request_id, error)
+        return errors.Unavailable(headers={"Retry-After": "30"})
+    log.error("%s: unforeseen error", request_id, exc_info=error)
+    return errors.Internal()
+
+
+def render_problem(problem: errors.Problem, request_id: str) -> Response:
+    """Write a problem document."""
+    body: dict[str, object] = {
+        "type": f"{config.settings().public_url}{_ERRORS_PATH}#{problem.slug}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.slug,
+        "retryable": problem.retryable,
+        "request_id": request_id,
+        "hint": problem.said_hint,
+        **problem.more,
+    }
+    if problem.steps:
+        body["next"] = [step.as_json() for step in problem.steps]
+    return Response(
+        json.dumps(body, default=_as_json).encode(),
+        status_code=problem.status,
+        headers=problem.headers,
+        media_type="application/problem+json",
+    )
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", by_alias=True)
+    msg = f"{type(value).__name__} has no place in an answer"
+    raise TypeError(msg)
+
+
+def render(answer: Answer) -> Response:
+    """Write an answer as JSON."""
+    if answer.body is None:
+        return Response(status_code=answer.status, headers=answer.headers)
+    if isinstance(answer.body, BaseModel):
+        content = answer.body.model_dump_json(by_alias=True).encode()
+    else:
+        content = json.dumps(answer.body, default=_as_json).encode()
+    return Response(content, status_code=answer.status, headers=answer.headers, media_type="application/json")
+
+
+# Lists
+
+
+class Paged(Query):
+    """What every list takes."""
+
+    limit: Annotated[int, Whole, Field(ge=1, le=200, description="How many items at the most.")] = 50
+    cursor: str | None = Field(default=None, max_length=1024, description="next_cursor of the page before.")
+
+
+def write_cursor(*place: object) -> str:
+    """Name the place after which the next page begins."""
+    return base64.urlsafe_b64encode(json.dumps(place, separators=(",", ":")).encode()).decode().rstrip("=")
+
+
+def read_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
+    """Read a cursor that `write_cursor` made of values of these types. Raises Invalid for any other text."""
+    if cursor is None:
+        return None
+    try:
+        place = json.loads(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error, UnicodeEncodeError, RecursionError):
+        place = None
+    if not isinstance(place, list):
+        raise invalid("?cursor", "is not a cursor of this list")
+    values = cast("list[object]", place)
+    if len(values) != len(kinds) or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
+        raise invalid("?cursor", "is not a cursor of this list")
+    return tuple(values)
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def make_page(found: Sequence[N], limit: int) -> Page[N]:
+    """Make a page of at most `limit` of what was found in the order of ids; one more than that says that there are more."""
+    shown = list(found[:limit])
+    return Page(items=shown, next_cursor=write_cursor(shown[-1].id) if len(found) > limit else None)
