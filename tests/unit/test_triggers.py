@@ -137,7 +137,9 @@ def test_a_trigger_has_the_brokers_delivery(tmp_path: Path) -> None:
 
 
 def test_a_triggers_delivery_replaces_the_brokers_but_for_the_sink(tmp_path: Path) -> None:
-    delivery = read(tmp_path, "delivery: {retry: 2, backoffPolicy: linear, backoffDelay: PT2S, timeout: PT1M30S}").delivery
+    delivery = read(
+        tmp_path, "delivery: {retry: 2, backoffPolicy: linear, backoffDelay: PT2S, timeout: PT1M30S}"
+    ).delivery
     assert (delivery.retry, delivery.backoff, delivery.backoff_delay, delivery.timeout) == (2, "linear", 2, 90)
     assert delivery.dead_letter == triggers.Destination("deadletter")
     delivery = read(tmp_path, "delivery: {deadLetterSink: {uri: 'http://127.0.0.1:9/x'}}").delivery
@@ -215,7 +217,9 @@ def test_schedules_that_are_none(line: str, timezone: str) -> None:
 
 
 def test_a_tick_is_pingsources_own_event() -> None:
-    source = triggers.PingSource("reconcile", "gpu", "* * * * *", "UTC", triggers.Destination("reconcile"), "text/plain", "hi")
+    source = triggers.PingSource(
+        "reconcile", "gpu", "* * * * *", "UTC", triggers.Destination("reconcile"), "text/plain", "hi"
+    )
     event = schedule.make_event(source)
     assert event.attributes["type"] == "dev.knative.sources.ping"
     assert event.attributes["source"] == "/apis/v1/namespaces/gpu/pingsources/reconcile"

@@ -35,6 +35,8 @@ _PASSED_ON: Final = ("traceparent", "tracestate", "x-request-id")
 _LARGEST_BODY: Final = 1024 * 1024
 _ERROR_DATA: Final = 1024
 _DEFAULT_TIMEOUT_SECONDS: Final = 600.0
+_AT_ONCE: Final = 32
+"""Requests at once for one Trigger: a slow subscriber holds up no other, and httpx is slow with hundreds."""
 _RETRIED: Final = frozenset({404, 408, 409, 429})
 _BAD_GATEWAY: Final = 502
 
@@ -82,11 +84,12 @@ class Broker:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._places = {trigger.name: asyncio.Semaphore(_AT_ONCE) for trigger in triggers}
         self._client = httpx.AsyncClient(
             trust_env=False,
             follow_redirects=False,
             timeout=httpx.Timeout(_DEFAULT_TIMEOUT_SECONDS, connect=10, pool=None),
-            limits=httpx.Limits(max_connections=200, max_keepalive_connections=50),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=_AT_ONCE),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -185,7 +188,8 @@ class Broker:
         seconds = _DEFAULT_TIMEOUT_SECONDS if delivery.timeout is None else delivery.timeout
         attempt = 0
         while True:
-            outcome = await self._post(target, event, headers, seconds)
+            async with self._places[trigger.name]:
+                outcome = await self._post(target, event, headers, seconds)
             if isinstance(outcome, _Done) or not outcome.retried or attempt >= delivery.retry:
                 return outcome
             await asyncio.sleep(delivery.pause(attempt))

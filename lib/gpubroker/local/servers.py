@@ -256,7 +256,7 @@ class Valkey(Server):
     def _answers(self, process: subprocess.Popen[bytes], port: int) -> bool:
         del process
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            with socket.create_connection(("127.0.0.1", port), timeout=0.5) as connection:
                 connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
                 return connection.recv(5) == b"+OK\r\n"  # another server that took the port knows no such password
         except OSError:
