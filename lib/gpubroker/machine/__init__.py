@@ -1,0 +1,22 @@
+"""The operator's own machine as a vendor: what `gpubroker.providers.local` rents out.
+
+```
+folder     a pod's folder on disk: its spec, its birth in one step, where it lies when it is gone
+record     what ran when: the append-only truth of a pod, and the bill that follows from it
+capacity   what the machine has, what the pods hold, the sizes that are offered; gpus asks NVML
+control    from an adapter to a supervisor: one question, one answer; starts a supervisor where none is
+supervisor one process per pod, from its birth to its end; needs nobody else (`python __main__.py FOLDER`)
+  server   its poll loop and the other end of `control`; execs are the commands run beside the program
+  tree     the pod's processes as it holds them; init is their first, in namespaces (jail) and limits (cgroup)
+  journal  the program's output with true offsets
+  kernel   the system calls that Python lacks; processes finds and ends what has no namespace
+```
+
+All but `control`, `gpus` and `capacity` run inside supervisors: they import nothing but light parts of the standard
+library, so that a supervisor starts in a moment and stays small.
+
+What a pod can do: it runs as the user of the broker. A namespace keeps its processes together, gives it a /proc of its
+own and hides the broker's files; no setuid program helps it, and a broker of root gives it few of root's capabilities.
+That guards against mistakes and curiosity. It is no wall against an attacker who is after the kernel, and the network
+is the machine's: let strangers run code on machines of their own.
+"""
