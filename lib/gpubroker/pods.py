@@ -113,6 +113,22 @@ class WaitQuery(web.Query):
     after_version: Annotated[int, web.Whole, Field(ge=0)] | None = None
 
 
+Duplicate = Literal["allow", "refuse"]
+LabelPair = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=", max_length=300)]
+
+
+def read_labels(pairs: Sequence[str] | None) -> dict[str, str] | None:
+    """Labels from `key=value` texts. Raises Invalid for a key with two values: no pod has both."""
+    if not pairs:
+        return None
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if labels.setdefault(key, value) != value:
+            raise web.invalid("?label", f"asks for two values of {key}")
+    return labels
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How a request would be met: the offers in the order in which they are tried, and what must be held for it."""
@@ -378,6 +394,17 @@ async def end_pod(tx: store.Transaction, pod: rows.PodView, because: str) -> boo
     return True
 
 
+async def end_all(because: str, provider: str) -> int:
+    """Want the end of every live pod whose first choice is an offer of this provider; how many that were."""
+    async with store.worker() as tx:
+        ids = await rows.list_of_provider(tx.conn, provider)
+        for pod_id in ids:
+            pod = await rows.find_any_pod(tx.conn, pod_id)
+            if pod is not None:
+                await end_pod(tx, pod, because)
+    return len(ids)
+
+
 async def _lock(tx: store.Transaction, pod_id: str) -> rows.PodView:
     if not await rows.lock_pod(tx.conn, tx.known.agent_id, pod_id):
         raise errors.NotFound
@@ -431,7 +458,7 @@ async def show_pod(tx: store.Transaction, pod_id: str) -> Pod:
 def is_settled(pod: rows.PodView) -> bool:
     """Say whether the pod stays as it is until somebody wants something else or its time is over."""
     if pod.wanted == "gone":
-        return pod.state == "terminated"
+        return pod.state in ("terminated", "failed")
     return pod.state in _SETTLED
 
 
@@ -537,6 +564,8 @@ async def wait(open_transaction: Opener, pod_id: str, query: WaitQuery, *, gone:
 def _is_reached(pod: rows.PodView, until: str, version: int, *, gone: bool) -> bool:
     if until == "change":
         return pod.version > version
-    if until == "running" and not gone:
+    if gone:
+        return pod.state == "terminated"
+    if until == "running":
         return pod.state == "running" or (is_settled(pod) and pod.state != "stopped") or pod.wanted == "gone"
     return is_settled(pod)

@@ -73,7 +73,7 @@ class NewKey(Output):
     """A key just made: the only time that it is shown. Null in a replay."""
 
     id: str
-    key: str | None
+    key: str | None = Field(repr=False)
 
 
 class Agent(Output):
@@ -302,7 +302,7 @@ class UsageRecord(Output):
 class UsageRow(Output):
     """What a group used. `seconds` are those in which an instance ran."""
 
-    key: str | None
+    key: str | None = Field(repr=False)
     seconds: int
     gpu_seconds: int
     amount_usd: Usd

@@ -26,7 +26,11 @@ def parse_time(text: str) -> datetime:
     if moment.tzinfo is None:
         msg = "needs an offset, such as 2026-11-22T18:58:03Z"
         raise ValueError(msg)
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        msg = "is out of range"
+        raise ValueError(msg) from None
 
 
 Moment = Annotated[

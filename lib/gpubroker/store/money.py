@@ -204,3 +204,27 @@ async def sum_usage(conn: Connection, span: Span, group: str | None) -> list[Usa
     else:
         await cursor.execute(_BY[group], span.parameters())
     return await cursor.fetchall()
+
+
+@dataclass(frozen=True, slots=True)
+class Billed:
+    """How far a pod's instance is billed, and what its agent has paid for the pod so far, micro-USD."""
+
+    pod_id: str
+    org_id: str
+    agent_id: str
+    billed_until: datetime
+    spent_micro: int
+
+
+_FIND_BILLED: Final = """
+SELECT p.id AS pod_id, p.org_id, p.agent_id, i.billed_until,
+       (SELECT coalesce(sum(drawn_micro), 0)::bigint FROM hold WHERE pod_id = p.id) AS spent_micro
+  FROM instance i JOIN pod p ON p.id = i.pod_id WHERE i.id = %s"""
+
+
+async def find_billed(conn: Connection, instance_id: str) -> Billed | None:
+    """What `usage.recorded` tells of an instance that a pod has."""
+    cursor = conn.cursor(row_factory=class_row(Billed))
+    await cursor.execute(_FIND_BILLED, (instance_id,))
+    return await cursor.fetchone()

@@ -188,6 +188,23 @@ async def find_pod(conn: Connection, above: str, pod_id: str) -> PodView | None:
     return await cursor.fetchone()
 
 
+_FIND_ANY: Final = _VIEW + " WHERE p.id = %s FOR UPDATE OF p"
+_OF_PROVIDER: Final = """
+SELECT id FROM pod WHERE state <> 'terminated' AND wanted <> 'gone' AND candidates -> 0 ->> 'provider' = %s ORDER BY id"""
+
+
+async def find_any_pod(conn: Connection, pod_id: str) -> PodView | None:
+    """A pod of any organisation, locked: for workers."""
+    cursor = conn.cursor(row_factory=class_row(PodView))
+    await cursor.execute(_FIND_ANY, (pod_id,))
+    return await cursor.fetchone()
+
+
+async def list_of_provider(conn: Connection, provider: str) -> list[str]:
+    """The live pods whose first choice is an offer of this provider."""
+    return [str(row[0]) for row in await (await conn.execute(_OF_PROVIDER, (provider,))).fetchall()]
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Which pods of a subtree: all conditions hold. `live` leaves out those whose end is wanted."""
@@ -298,3 +315,21 @@ async def sum_holds(conn: Connection, pod_id: str) -> tuple[int, int]:
     """How many holds a pod has, and micro-USD of all of them."""
     row = await (await conn.execute(_COUNT_HOLDS, (pod_id,))).fetchone()
     return (int(row[0]), int(row[1])) if row else (0, 0)
+
+
+_DUE_IN: Final = "SELECT extract(epoch FROM due_at - instant())::float FROM pod WHERE id = %s AND due_at IS NOT NULL"
+
+
+async def due_in(conn: Connection, pod_id: str) -> float | None:
+    """Seconds until a pod is due, negative when it is; None when nothing is due."""
+    row = await (await conn.execute(_DUE_IN, (pod_id,))).fetchone()
+    return float(row[0]) if row else None
+
+
+_IS_OVER: Final = "SELECT state IN ('stopped', 'terminated', 'failed', 'interrupted') FROM pod WHERE id = %s"
+
+
+async def is_over(conn: Connection, pod_id: str) -> bool:
+    """Say whether the pod's program writes nothing more for now."""
+    row = await (await conn.execute(_IS_OVER, (pod_id,))).fetchone()
+    return row is None or bool(row[0])

@@ -1,0 +1,135 @@
+"""Function `pods`: what is wanted. It writes rows and never calls a provider."""
+
+import re
+from datetime import datetime
+from typing import Annotated
+
+import functions_framework.aio
+from pydantic import BeforeValidator
+from starlette.requests import Request
+
+from gpubroker import idempotency, web
+from gpubroker import pods as domain
+from gpubroker.resources import Page, Pod, State
+from gpubroker.store import pods as rows
+from gpubroker.times import parse_time
+
+api = web.Api("pods")
+
+
+class CreateQuery(domain.WaitQuery):
+    """How to take a request for a pod."""
+
+    duplicate: domain.Duplicate = "refuse"
+
+
+class ListQuery(web.Paged):
+    """Which pods to list."""
+
+    state: list[State] | None = None
+    agent_id: str | None = None
+    label: list[domain.LabelPair] | None = None
+    created_after: Annotated[datetime, BeforeValidator(parse_time)] | None = None
+
+
+Action = web.Call[web.Nothing, domain.WaitQuery]
+
+
+@api.operation(
+    "POST", "/v1/pods", scope="pods:write", body=domain.PodRequest, query=CreateQuery,
+    answers={202: Pod, 201: Pod}, idempotent=True,
+)  # fmt: skip
+async def create_pod(call: web.Call[domain.PodRequest, CreateQuery]) -> web.Answer:
+    """Ask for a pod, under a hold that covers its whole life."""
+    key = idempotency.Request(call.idempotency_key, "POST /v1/pods", call.raw)
+    pod_id, replayed = await domain.request_pod(
+        call.transaction, call.body, key, allow_duplicate=call.query.duplicate == "allow"
+    )
+    pod = await domain.wait(call.transaction, pod_id, wait_query(call))
+    headers = {"Location": f"/v1/pods/{pod_id}"} | ({"Idempotency-Replayed": "true"} if replayed else {})
+    return web.Answer(domain.present(pod), 201 if domain.is_settled(pod) else 202, headers)
+
+
+@api.operation("GET", "/v1/pods", scope="pods:read", query=ListQuery, answers={200: Page[Pod]})
+async def list_pods(call: web.Call[web.Nothing, ListQuery]) -> web.Answer:
+    """List pods of the calling agent and of all below it, the newest first."""
+    query = call.query
+    before = web.read_cursor(query.cursor, str)
+    async with call.transaction() as tx:
+        which = rows.Selection(
+            tx.known.agent_id, query.state, query.agent_id, domain.read_labels(query.label), query.created_after
+        )
+        found = await rows.list_pods(tx.conn, which, before[0] if before else None, query.limit + 1)
+    page = web.make_page(found, query.limit)
+    return web.Answer(Page[Pod](items=[domain.present(pod) for pod in page.items], next_cursor=page.next_cursor))
+
+
+@api.operation("GET", "/v1/pods/{id}", scope="pods:read", query=domain.WaitQuery, answers={200: Pod})
+async def show_pod(call: Action) -> web.Answer:
+    """Show a pod, at once or when it is what is waited for."""
+    pod = await domain.wait(call.transaction, call.path("id"), wait_query(call))
+    return web.Answer(domain.present(pod))
+
+
+@api.operation("POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+async def start_pod(call: Action) -> web.Answer:
+    """Start a stopped pod."""
+    async with call.transaction() as tx:
+        await domain.act(tx, call.path("id"), "start")
+    return await answer_action(call)
+
+
+@api.operation("POST", "/v1/pods/{id}/stop", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+async def stop_pod(call: Action) -> web.Answer:
+    """Stop a pod and keep its disk."""
+    async with call.transaction() as tx:
+        await domain.act(tx, call.path("id"), "stop")
+    return await answer_action(call)
+
+
+@api.operation("POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+async def restart_pod(call: Action) -> web.Answer:
+    """End a pod's program and start it anew."""
+    async with call.transaction() as tx:
+        await domain.act(tx, call.path("id"), "restart")
+    return await answer_action(call)
+
+
+@api.operation(
+    "POST", "/v1/pods/{id}/extend", scope="pods:write", body=domain.ExtendRequest, query=domain.WaitQuery,
+    answers={202: Pod, 200: Pod},
+)  # fmt: skip
+async def extend_pod(call: web.Call[domain.ExtendRequest, domain.WaitQuery]) -> web.Answer:
+    """Give a pod a longer life, under a further hold."""
+    async with call.transaction() as tx:
+        await domain.extend(tx, call.path("id"), call.body)
+    return await answer_action(call)
+
+
+@api.operation("DELETE", "/v1/pods/{id}", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+async def terminate_pod(call: Action) -> web.Answer:
+    """End a pod, disk and all."""
+    async with call.transaction() as tx:
+        await domain.terminate(tx, call.path("id"))
+    return await answer_action(call, gone=True)
+
+
+async def answer_action(call: web.Call[web.B, domain.WaitQuery], *, gone: bool = False) -> web.Answer:
+    """Answer with the pod: 200 once it is settled, else 202."""
+    pod = await domain.wait(call.transaction, call.path("id"), wait_query(call), gone=gone)
+    return web.Answer(domain.present(pod), 200 if domain.is_settled(pod) else 202)
+
+
+def wait_query(call: web.Call[web.B, domain.WaitQuery] | web.Call[web.B, CreateQuery]) -> domain.WaitQuery:
+    """The query, with `Prefer: wait=N` where it says nothing of waiting."""
+    preferred = re.search(r"\bwait=(\d{1,2})\b", call.request.headers.get("prefer", ""))
+    if preferred is None or "wait" in call.query.model_fields_set:
+        return call.query
+    return call.query.model_copy(update={"wait": min(60, int(preferred[1]))})
+
+
+@functions_framework.aio.http
+async def pods(request: Request) -> web.Api:
+    """The function."""
+    del request
+    return api

@@ -1,0 +1,22 @@
+"""The adapters of this process, made at their first use, for the functions that hold vendor credentials."""
+
+from gpubroker import config
+from gpubroker.providers.registry import Adapters
+
+_adapters: Adapters | None = None
+
+
+def mine() -> Adapters:
+    """The adapters of this process."""
+    global _adapters  # noqa: PLW0603 - functions-framework has no lifespan to keep it in
+    if _adapters is None:
+        _adapters = Adapters(config.settings())
+    return _adapters
+
+
+async def close() -> None:
+    """Close what was made; the next use makes it anew."""
+    global _adapters  # noqa: PLW0603 - as above
+    closing, _adapters = _adapters, None
+    if closing is not None:
+        await closing.close()

@@ -1,0 +1,42 @@
+"""The command line: `gpubroker …`. A wrong set-up is one line and an exit code, never a traceback."""
+
+import sys
+from typing import Final
+
+from gpubroker.errors import SetupError
+
+_INTERRUPTED: Final = 130
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = _run(sys.argv[1:])
+    except SetupError as error:
+        print(f"gpubroker: {error}", file=sys.stderr)
+        code = error.code
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        code = 0
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    import typer  # noqa: PLC0415 - everything is imported inside main, so that Ctrl-C ends without a traceback
+    from click import ClickException, UsageError  # noqa: PLC0415 - as above
+    from click.exceptions import Exit  # noqa: PLC0415 - as above
+
+    from gpubroker.commands import app  # noqa: PLC0415 - as above
+
+    try:
+        returned: object = typer.main.get_command(app).main(arguments, prog_name="gpubroker", standalone_mode=False)
+    except UsageError as error:
+        error.show()
+        return 2
+    except ClickException as error:
+        error.show()
+        return error.exit_code
+    except Exit as leaving:
+        return leaving.exit_code
+    return returned if isinstance(returned, int) else 0

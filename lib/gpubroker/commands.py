@@ -1,0 +1,155 @@
+"""The commands for operators. Each prints what it did; with `--json` one JSON document, for programs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from gpubroker import config
+from gpubroker.errors import SetupError
+from gpubroker.money import format_usd, parse_usd
+
+app: Final = typer.Typer(
+    help="A GPU broker that AI agents call as a tool.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False
+)
+manifests_app: Final = typer.Typer(help="Manifests that are made from the code.", no_args_is_help=True)
+catalog_app: Final = typer.Typer(help="Offers of the providers.", no_args_is_help=True)
+app.add_typer(manifests_app, name="manifests")
+app.add_typer(catalog_app, name="catalog")
+
+Data = Annotated[Path, typer.Option("--data", help="The folder of `gpubroker dev`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEFAULT_DATA: Final = Path(".gpubroker")
+
+
+def _usd(text: str) -> int:
+    try:
+        return parse_usd(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def bootstrap(  # noqa: PLR0913, PLR0917 - the command's options
+    data: Data = DEFAULT_DATA,
+    org: Annotated[str, typer.Option(help="The organisation's name.")] = "default",
+    budget_usd: Annotated[int, typer.Option(parser=_usd, metavar="USD", help="What it may spend in a period.")] = 100_000_000,
+    period: Annotated[Literal["total", "day", "month"], typer.Option(help="The budget's period.")] = "total",
+    plan: Annotated[Literal["free", "pro", "enterprise"], typer.Option(help="Its rate limits.")] = "enterprise",
+    new_key: Annotated[bool, typer.Option("--new-key", help="Issue a further key.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an organisation with its root agent, a budget and a first key; again it changes nothing."""
+    from gpubroker import accounts
+
+    made = accounts.bootstrap(_find_database(data), org, budget_usd, period, plan, new_key=new_key)
+    if as_json:
+        shown = {
+            "created": made.created,
+            "owner": made.owner,
+            "org": {"id": made.org_id, "name": made.org_name},
+            "agent": {"id": made.agent_id},
+            "key": {"id": made.key.id or None, "key": made.key.key},
+            "scopes": made.scopes,
+        }
+        print(json.dumps(shown))
+        return
+    print(f"organisation {made.org_name} ({made.org_id}), root agent {made.agent_id}, owner {made.owner}")
+    if made.created:
+        print(f"budget: {format_usd(budget_usd)} USD ({period})")
+    if made.key.key:
+        print(f"key, shown once: {made.key.key}")
+    else:
+        print("it was there; --new-key issues a further key")
+
+
+def _find_database(data: Path) -> str:
+    """The database of the environment, else of the `dev` that runs in a folder. Raises SetupError without either."""
+    given = config.settings().database_url
+    if given:
+        return given
+    try:
+        running = json.loads((data / "run.json").read_text(encoding="utf-8"))
+        os.kill(int(running["pid"]), 0)
+        return str(running["database_url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        msg = f"nothing runs in {data}; start gpubroker dev (or set DATABASE_URL)"
+        raise SetupError(msg) from None
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to this version."""
+    from gpubroker.store import migrations
+
+    settings = config.settings()
+    settings.need("DATABASE_URL")
+    applied = migrations.migrate(settings.database_url or "")
+    print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
+
+
+@app.command()
+def serve(
+    name: Annotated[str, typer.Argument(help="A function of the bundle.")],
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Default: PORT, else 8080.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "0.0.0.0",  # noqa: S104 - a container's port
+) -> int:
+    """Serve one function until SIGTERM."""
+    from gpubroker import serving
+
+    return serving.serve(name, port, host)
+
+
+@app.command()
+def dev(
+    data: Data = DEFAULT_DATA,
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
+    end_pods: Annotated[bool, typer.Option("--end-pods", help="End this machine's pods at the end.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Run the whole broker on this machine: database, broker, schedules, all functions, one port."""
+    from gpubroker.local import dev as runtime
+
+    return runtime.run(data, host, port, end_pods, as_json)
+
+
+@app.command()
+def reconcile() -> None:
+    """Do one sweep now: expiry, due pods, complete listings, the bill."""
+    from gpubroker import operating
+
+    operating.run(operating.reconcile)
+
+
+@catalog_app.command("refresh")
+def refresh(as_json: AsJson = False) -> None:
+    """Refresh the offers of every provider that is on."""
+    from gpubroker import operating
+
+    said = operating.run(operating.refresh)
+    if as_json:
+        print(json.dumps(said))
+        return
+    for name, line in said.items():
+        print(f"{name}: {line}")
+
+
+@manifests_app.command("render")
+def render(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file differs.")] = False,
+) -> int:
+    """Make eventing/ and knative/ from the code."""
+    from gpubroker import bundle, manifests
+
+    home = bundle.home()
+    if not check:
+        manifests.write(home)
+        return 0
+    different = manifests.differences(home)
+    for line in different:
+        print(line, file=sys.stderr)
+    return 1 if different else 0

@@ -1,0 +1,652 @@
+"""`drive(pod)`: one step at a time from what there is to what is wanted.
+
+The row is the work: `pod.wanted` and `pod.due_at` say what is due, events only wake. A step is claimed by moving `due_at`
+forward; whoever dies leaves a pod that is due again. No provider is ever called inside a transaction, and everything a call
+needs to be found again is committed before it is sent (DESIGN 5 and 6).
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import Enum, auto
+from typing import Any, Final, TypeVar
+
+import psycopg
+
+from gpubroker import budgets, config, errors, sealing, sightings, store
+from gpubroker.ids import base36, new_id
+from gpubroker.money import cost
+from gpubroker.providers import base
+from gpubroker.providers.registry import Adapters
+from gpubroker.sightings import Scene
+from gpubroker.store import events as event_rows
+from gpubroker.store import instances as rows
+from gpubroker.store import money as money_rows
+from gpubroker.store import pods as pod_rows
+from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
+from gpubroker.store.offers import Candidate
+
+log = logging.getLogger("gpubroker.provisioning")
+
+T = TypeVar("T")
+SEND_SECONDS: Final = 10
+"""A create that was not sent by then is not sent at all."""
+_POLL_SECONDS: Final = 2
+_LONGEST_PAUSE_SECONDS: Final = 60
+_SLOW_POLL_SECONDS: Final = 15
+
+
+class Step(Enum):
+    """What is due for a pod."""
+
+    REST = auto()
+    WAIT = auto()
+    DOUBT = auto()
+    LOOK_UP = auto()
+    ATTEMPT = auto()
+    GIVE_UP = auto()
+    LOOK = auto()
+    START = auto()
+    STOP = auto()
+    RESTART = auto()
+    EXTEND = auto()
+    TERMINATE = auto()
+    CONFIRM = auto()
+    FINISH = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A claimed pod with all that decides its next step. `instance` is None when it has none that may be alive."""
+
+    pod: PodRow
+    attempts: list[AttemptRow]
+    instance: InstanceRow | None
+
+    @property
+    def attempt(self) -> AttemptRow | None:
+        """The latest attempt."""
+        return self.attempts[0] if self.attempts else None
+
+    @property
+    def maker(self) -> AttemptRow:
+        """The attempt that made the instance."""
+        made = self.instance.attempt_id if self.instance else None
+        return next(attempt for attempt in self.attempts if attempt.id == made)
+
+    @property
+    def untried(self) -> list[Candidate]:
+        """The offers that were not tried since running was last wanted, best first."""
+        tried = {a.offer_id for a in self.attempts if a.at >= self.pod.wanted_at}
+        return [Candidate(**c) for c in self.pod.candidates if c["offer_id"] not in tried]
+
+
+def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one state of affairs
+    """The step that is due. A pure rule over rows: who asked for it, or in which order things came, plays no part."""
+    pod, attempt, instance = work.pod, work.attempt, work.instance
+    if attempt is not None and attempt.state == "open":
+        return Step.WAIT if pod.now < attempt.over_at else Step.DOUBT
+    if attempt is not None and attempt.state == "ambiguous":
+        return Step.LOOK_UP
+    if instance is None:
+        return {"gone": Step.FINISH, "stopped": Step.REST, "running": _next_attempt(work)}[pod.wanted]
+    if pod.wanted == "gone":
+        return Step.TERMINATE if instance.terminate_sent_at is None else Step.CONFIRM
+    if pod.wanted == "stopped":
+        if instance.life in ("running", "starting"):
+            return Step.STOP
+        return Step.REST if instance.life in ("stopped", "interrupted") else Step.LOOK
+    return _next_running_step(work, instance)
+
+
+def _next_attempt(work: Work) -> Step:
+    return Step.ATTEMPT if work.untried else Step.GIVE_UP
+
+
+def _next_running_step(work: Work, instance: InstanceRow) -> Step:
+    pod = work.pod
+    if instance.life in ("stopped", "interrupted"):
+        return Step.START
+    if instance.life == "failed" or _is_boot_over(work, instance):
+        return _next_attempt(work)
+    if instance.life != "running":
+        return Step.LOOK
+    if pod.is_restart_pending:
+        return Step.RESTART
+    if instance.hard_stop_at is not None and instance.hard_stop_at < pod.hard_stop_at and _can(work, "moves_hard_stop"):
+        return Step.EXTEND
+    return Step.REST if pod.state == "running" else Step.LOOK
+
+
+def _is_boot_over(work: Work, instance: InstanceRow) -> bool:
+    if instance.started_at is not None or instance.life == "running":
+        return False
+    limit = timedelta(seconds=int(work.maker.candidate.capabilities["boot_limit_seconds"]))
+    return work.pod.now - instance.known_at > limit
+
+
+def _can(work: Work, capability: str) -> bool:
+    return bool(work.maker.candidate.capabilities.get(capability))
+
+
+class Driver:
+    """Drives pods with the adapters of this process."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+        self._steps: dict[Step, Callable[[Work], Awaitable[None]]] = {
+            Step.REST: self._rest,
+            Step.WAIT: self._wait,
+            Step.DOUBT: self._doubt,
+            Step.LOOK_UP: self._look_up,
+            Step.ATTEMPT: self._attempt,
+            Step.GIVE_UP: self._give_up,
+            Step.LOOK: self._look,
+            Step.START: self._start,
+            Step.STOP: self._stop,
+            Step.RESTART: self._restart,
+            Step.EXTEND: self._extend,
+            Step.TERMINATE: self._terminate,
+            Step.CONFIRM: self._confirm,
+            Step.FINISH: self._finish,
+        }
+
+    async def drive(self, pod_id: str, *, event_id: str | None = None, consumer: str = "provisioning") -> bool:
+        """Do the one step that is due; false when none is, or another driver has it.
+
+        With an event, its delivery is finished in the transaction of the claim.
+        """
+        async with store.worker() as tx:
+            if event_id is not None:
+                await event_rows.finish_delivery(tx, event_id, consumer)
+            pod = await rows.claim_pod(tx.conn, pod_id)
+            if pod is None:
+                return False
+            work = Work(pod, await rows.list_attempts(tx.conn, pod_id), await rows.lock_live(tx.conn, pod_id))
+        step = next_step(work)
+        log.debug("%s: %s (%s, wanted %s)", pod_id, step.name, pod.state, pod.wanted)
+        try:
+            await self._steps[step](work)
+        except (errors.ProviderError, errors.SetupError, TimeoutError, OSError) as error:
+            await self._put_off(work, error)
+        return True
+
+    async def drive_on(self, pod_id: str, *, event_id: str | None = None, seconds: float = 25.0) -> None:
+        """Drive a pod as long as its next step is due within moments: what is quick happens at once."""
+        deadline = time.monotonic() + seconds
+        await self.drive(pod_id, event_id=event_id)
+        while time.monotonic() < deadline:
+            async with store.worker() as tx:
+                due_in = await pod_rows.due_in(tx.conn, pod_id)
+            if due_in is None or due_in > _POLL_SECONDS:
+                return
+            await asyncio.sleep(max(0.0, due_in))
+            if not await self.drive(pod_id):
+                return
+
+    # Steps without a call
+
+    async def _rest(self, work: Work) -> None:
+        await _conclude(work, None)
+
+    async def _wait(self, work: Work) -> None:
+        """Another driver may be in the middle of the create: nothing is known before its time is over."""
+        attempt = work.attempt
+        await _conclude(work, attempt.over_at if attempt else None)
+
+    async def _doubt(self, work: Work) -> None:
+        """Whoever sent the create, if it was sent, is not there any more."""
+        if work.attempt is not None:
+            await _make_ambiguous(work, work.attempt, "no_answer", "the caller of the create was lost")
+
+    async def _give_up(self, work: Work) -> None:
+        """No offer is left to try: the pod failed, and goes on to its end."""
+        refused = [attempt for attempt in work.attempts if attempt.code == "no_capacity"]
+        because = "no_capacity" if refused and len(refused) == len(work.attempts) else "provisioning_failed"
+        last = work.attempt
+        reason = f"{last.provider}: {last.code}" if last else "no offer was left to try"
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            if pod.wanted != "running" or pod.turn != work.pod.turn:
+                await rows.wake_pod(tx.conn, pod.id)
+                return
+            failed = replace(
+                pod, state="failed", state_reason=reason, wanted="gone", wanted_at=pod.now, ends_because=because,
+                charge_until=pod.now.replace(microsecond=0) + timedelta(seconds=sightings.allowance(pod)),
+                due_at=pod.now, failures=0,
+            )  # fmt: skip
+            await sightings.save(tx, pod, failed)
+
+    # Making an instance
+
+    async def _attempt(self, work: Work) -> None:
+        """Commit the attempt with its reference, then ask the provider, then commit the outcome."""
+        spec = read_spec(work.pod)
+        begun = time.monotonic()
+        opened = await self._open_attempt(work)
+        if opened is None:
+            return
+        attempt, adapter = opened
+        if time.monotonic() - begun > SEND_SECONDS:  # committed too late to be sent: the sweep may doubt it by now
+            await _record_rejection(work, attempt, errors.Rejected("not_sent", "the time to send it was over"))
+            return
+        limit = int(attempt.candidate.capabilities["create_limit_seconds"])
+        asked_at = attempt.at
+        try:
+            created = await asyncio.wait_for(adapter.create(spec, _provider_offer(attempt), attempt.ref), limit)
+        except errors.Rejected as rejection:
+            await _record_rejection(work, attempt, rejection)
+        except errors.Throttled as throttled:
+            await _record_rejection(work, attempt, errors.Rejected(throttled.code, throttled.detail))
+        except errors.CredentialRefused as refusal:
+            await _record_rejection(work, attempt, errors.Rejected("credential_refused", refusal.code))
+        except errors.AmbiguousOutcome as ambiguous:
+            if ambiguous.maybe_id is not None:
+                await self._record_birth(attempt, base.Created(ambiguous.maybe_id), asked_at)
+            else:
+                await _make_ambiguous(work, attempt, ambiguous.code, ambiguous.detail)
+        except (errors.ProviderError, TimeoutError, OSError) as error:
+            await _make_ambiguous(work, attempt, type(error).__name__, str(error))
+        else:
+            await self._record_birth(attempt, created, asked_at)
+
+    async def _open_attempt(self, work: Work) -> tuple[AttemptRow, base.Provider] | None:
+        candidate = work.untried[0]
+        adapter = self._adapters.get(candidate.provider)
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            if pod.turn != work.pod.turn or pod.wanted != "running":
+                await rows.wake_pod(tx.conn, pod.id)
+                return None
+            if not await _may_try_again(tx, work, candidate):
+                return None
+            if work.instance is not None:
+                await _make_stray(tx, pod, work)
+            new = rows.NewAttempt(
+                id=new_id("att"),
+                pod=pod,
+                n=len(work.attempts) + 1,
+                candidate=candidate,
+                offer=asdict(candidate),
+                ref="",
+                send_seconds=SEND_SECONDS,
+                call_seconds=int(candidate.capabilities["create_limit_seconds"]),
+            )
+            new = replace(new, ref=make_ref(config.settings().owner or "", new.id, pod.hard_stop_at))
+            attempt = await rows.add_attempt(tx.conn, new)
+            creating = replace(pod, state="creating", state_reason=None, due_at=attempt.over_at)
+            await sightings.save(tx, pod, creating)
+        return attempt, adapter
+
+    async def _record_birth(self, attempt: AttemptRow, created: base.Created, asked_at: datetime) -> None:
+        """The provider's id is recorded whatever became of the pod meanwhile: a DELETE must not lose it."""
+        async with store.worker() as tx:
+            await adopt(tx, attempt, created.id, created.instance, asked_at)
+
+    async def _look_up(self, work: Work) -> None:
+        """Find out whether an ambiguous create made something, three times; then it is abandoned, never absent."""
+        attempt = work.attempt
+        if attempt is None:
+            return
+        times = [int(second) for second in attempt.candidate.capabilities["lookup_seconds"]]
+        since = attempt.settled_at or attempt.over_at
+        if attempt.looked_up < len(times) and work.pod.now < since + timedelta(seconds=times[attempt.looked_up]):
+            await _conclude(work, since + timedelta(seconds=times[attempt.looked_up]))
+            return
+        adapter = self._adapters.get(attempt.provider)
+        asked_at = await _read_instant()
+        found = await _limited(attempt, adapter.find_by_ref(attempt.ref))
+        if found:
+            async with store.worker() as tx:
+                for instance in found:
+                    await adopt(tx, attempt, instance.id, instance, asked_at)
+            return
+        if attempt.looked_up + 1 >= len(times):
+            await _abandon(work, attempt)
+            return
+        async with store.worker() as tx:
+            await rows.lock_pod(tx.conn, work.pod.id)
+            await rows.count_lookup(tx.conn, attempt.id)
+        await _conclude(work, since + timedelta(seconds=times[attempt.looked_up + 1]))
+
+    # Acting on the instance
+
+    async def _look(self, work: Work) -> None:
+        await self._get(work)
+
+    async def _confirm(self, work: Work) -> None:
+        """Look whether the end that was asked for has come; ask again when it lasts."""
+        instance = work.instance
+        sent = instance.terminate_sent_at if instance else None
+        if sent is not None and work.pod.failures and work.pod.failures % 4 == 0:
+            await self._terminate(work)
+            return
+        await self._get(work)
+
+    async def _get(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        asked_at = await _read_instant()
+        try:
+            seen = await _limited(attempt, adapter.get(instance.provider_instance_id))
+        except errors.InstanceNotFound:
+            await self._apply(work, None, asked_at)
+        else:
+            await self._apply(work, seen, asked_at)
+
+    async def _start(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        try:
+            await _limited(attempt, adapter.start(instance.provider_instance_id))
+        except errors.Rejected as rejection:
+            await _refuse_start(work, rejection)
+            return
+        await self._command(work, "starting")
+
+    async def _stop(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        await _limited(attempt, adapter.stop(instance.provider_instance_id))
+        await self._command(work, "stopping")
+
+    async def _restart(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        await _limited(attempt, adapter.restart(instance.provider_instance_id))
+        await self._command(work, "starting", restarted=work.pod.restart_requested_at)
+
+    async def _extend(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        await _limited(attempt, adapter.extend(instance.provider_instance_id, work.pod.hard_stop_at))
+        async with store.worker() as tx:
+            await rows.lock_pod(tx.conn, work.pod.id)
+            locked = await rows.lock_live(tx.conn, work.pod.id)
+            if locked is not None:
+                await rows.save_instance(tx.conn, replace(locked, hard_stop_at=work.pod.hard_stop_at))
+        await _conclude(work, work.pod.now)
+
+    async def _terminate(self, work: Work) -> None:
+        attempt, adapter, instance = self._parts(work)
+        try:
+            await _limited(attempt, adapter.terminate(instance.provider_instance_id))
+        except errors.InstanceNotFound:
+            log.info("%s: the provider knows no %s any more", work.pod.id, instance.provider_instance_id)
+        await self._command(work, "terminating")
+
+    def _parts(self, work: Work) -> tuple[AttemptRow, base.Provider, InstanceRow]:
+        if work.instance is None:
+            msg = f"{work.pod.id} has no instance"
+            raise LookupError(msg)
+        return work.maker, self._adapters.get(work.maker.provider), work.instance
+
+    async def _command(self, work: Work, life: str, *, restarted: datetime | None = None) -> None:
+        """The provider took a command: what was seen before it says nothing any more. Then look at once."""
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            instance = await rows.lock_live(tx.conn, pod.id)
+            if instance is None:
+                return
+            sent = instance.terminate_sent_at or (pod.now if life == "terminating" else None)
+            await rows.save_instance(tx.conn, replace(instance, life=life, commanded_at=pod.now, terminate_sent_at=sent))
+            if restarted is not None:
+                await sightings.save(tx, pod, replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted)))
+        fresh = replace(work, instance=replace(instance, life=life, commanded_at=pod.now))
+        await self._get(fresh)
+
+    async def _apply(self, work: Work, seen: base.Instance | None, asked_at: datetime) -> None:
+        """Take in an answer about the pod's instance; None: the provider knows no such instance."""
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            instance = await rows.lock_live(tx.conn, pod.id)
+            if instance is None:
+                await rows.wake_pod(tx.conn, pod.id)
+                return
+            scene = Scene(tx, pod, work.maker, instance)
+            if seen is None:
+                scene = await sightings.take_absence(scene, "not found")
+            else:
+                scene = await sightings.observe(scene, seen, asked_at)
+            await _plan_next(scene, work)
+
+    async def _finish(self, work: Work) -> None:
+        """Nothing is alive and nothing may be born: bill to the end, close the holds, erase the secrets, in one step."""
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            attempts = await rows.list_attempts(tx.conn, pod.id)
+            if pod.state == "terminated" or any(a.state in rows.OPEN for a in attempts) or await rows.lock_live(tx.conn, pod.id):
+                await rows.wake_pod(tx.conn, pod.id)
+                return
+            until = await _wait_for_births(tx, pod, attempts)
+            if until is not None:
+                await rows.save_pod(tx.conn, replace(pod, due_at=until))
+                return
+            await money_rows.settle(tx.conn, pod.id)
+            await sightings.save(
+                tx,
+                pod,
+                replace(pod, state="terminated", billing="none", due_at=None, env_sealed=None, terminated_at=pod.now,
+                        ends_because=pod.ends_because or "requested"),
+            )  # fmt: skip
+
+    async def _put_off(self, work: Work, error: Exception) -> None:
+        """A call failed and changed nothing that we know of: again later, ever more slowly."""
+        failures = work.pod.failures + 1
+        pause = min(2**failures, _LONGEST_PAUSE_SECONDS)
+        if isinstance(error, errors.Throttled):
+            pause = max(pause, round(error.wait))
+        log.warning("%s: %s, again in %d s", work.pod.id, f"{type(error).__name__} {error}".strip(), pause)
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            later = replace(pod, failures=failures)
+            await rows.save_pod(tx.conn, _due(work, later, pod.now + timedelta(seconds=pause)))
+
+
+# Rules and small parts
+
+
+def make_ref(owner: str, attempt_id: str, hard_stop_at: datetime) -> str:
+    """The name of an attempt at its provider: whose, which, and the moment after which anyone may destroy it."""
+    return f"gb-{owner}-{attempt_id.removeprefix('att_')}-{base36(int(hard_stop_at.timestamp()))}"
+
+
+def read_spec(pod: PodRow) -> base.Spec:
+    """What a provider needs to run the pod, its secrets opened."""
+    secrets: dict[str, Any] = {}
+    if pod.env_sealed is not None:
+        secrets = json.loads(sealing.unseal("pod", pod.id, pod.env_sealed))
+    spec = pod.spec
+    return base.Spec(
+        pod_id=pod.id,
+        command=tuple(spec.get("command") or ()),
+        image=spec.get("image"),
+        env=secrets.get("env", {}),
+        ports=tuple(base.Port(port["port"], port["protocol"]) for port in spec.get("ports") or ()),
+        disk_gb=spec.get("disk_gb") or 0,
+        hard_stop_at=pod.hard_stop_at,
+        ssh_public_key=spec.get("ssh_public_key"),
+        registry_auth=secrets.get("registry_auth"),
+    )
+
+
+def _provider_offer(attempt: AttemptRow) -> base.ProviderOffer:
+    c = attempt.candidate
+    return base.ProviderOffer(
+        provider_offer_id=c.provider_offer_id, gpu=c.gpu, gpu_count=c.gpu_count, vcpus=c.vcpus, ram_gb=c.ram_gb,
+        disk_gb=c.disk_gb, region=c.region, price_micro_h=c.price_micro_h, supports=frozenset(c.supports),  # pyright: ignore[reportArgumentType]
+        availability="high", vram_gb=c.vram_gb, country=c.country, spot=c.spot, stopped_micro_h=c.stopped_micro_h,
+        min_billing_s=c.min_billing_s, increment_s=c.increment_s,
+    )  # fmt: skip
+
+
+async def _limited(attempt: AttemptRow, call: Awaitable[T]) -> T:
+    return await asyncio.wait_for(call, int(attempt.candidate.capabilities["call_limit_seconds"]))
+
+
+async def _read_instant() -> datetime:
+    async with store.worker() as tx:
+        return await rows.read_instant(tx.conn)
+
+
+def _due(work: Work, pod: PodRow, due_at: datetime | None) -> PodRow:
+    """The pod with its next due time, unless somebody claimed it or wanted something since this turn began."""
+    if pod.turn != work.pod.turn:
+        return pod
+    if pod.wanted_at != work.pod.wanted_at or pod.restart_requested_at != work.pod.restart_requested_at:
+        return replace(pod, due_at=pod.now)
+    return replace(pod, due_at=due_at)
+
+
+async def _conclude(work: Work, due_at: datetime | None) -> None:
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        if due_at is None and pod.hard_stop_at != work.pod.hard_stop_at:
+            due_at = pod.now
+        await rows.save_pod(tx.conn, _due(work, pod, due_at))
+
+
+async def _plan_next(scene: Scene, work: Work) -> None:
+    """When to look again: at once when something is to be done, soon while something is on its way, else never."""
+    pod, instance = scene.pod, scene.instance
+    gone = instance.gone_at is not None
+    step = next_step(Work(pod, work.attempts, None if gone else instance))
+    if step in (Step.REST, Step.WAIT):
+        due_at, failures = None, 0
+    elif step in (Step.LOOK, Step.CONFIRM):
+        pause = min(_POLL_SECONDS * (1 + pod.failures // 10), _SLOW_POLL_SECONDS)
+        due_at, failures = pod.now + timedelta(seconds=pause), pod.failures + 1
+    else:
+        due_at, failures = pod.now, pod.failures
+    await rows.save_pod(scene.tx.conn, _due(work, replace(pod, failures=failures), due_at))
+
+
+async def adopt(
+    tx: store.Transaction, attempt: AttemptRow, provider_instance_id: str, seen: base.Instance | None, asked_at: datetime
+) -> None:
+    """Know an instance with the reference of this attempt: the pod's own, or a stray when it cannot be that any more."""
+    pod = await rows.lock_pod(tx.conn, attempt.pod_id)
+    attempt = await rows.lock_attempt(tx.conn, attempt.id)
+    present = await rows.lock_live(tx.conn, pod.id)
+    is_same = present is not None and present.provider_instance_id == provider_instance_id
+    fits = attempt.state in rows.OPEN and present is None
+    instance = await rows.add_instance(
+        tx.conn, attempt.account_id, provider_instance_id, "live" if fits else "stray", attempt.at,
+        attempt=attempt, hard_stop_at=_hard_stop(attempt, seen),
+    )  # fmt: skip
+    if not fits:
+        if not is_same and instance.role == "stray":
+            await sightings.charge_installation(tx, instance, attempt)
+        return
+    await rows.settle_attempt(tx.conn, attempt.id, "created")
+    starting = replace(pod, due_at=pod.now)
+    if pod.wanted != "gone":
+        starting = replace(starting, state="starting", state_reason=None)
+    pod = await sightings.save(tx, pod, starting)
+    if seen is not None:
+        attempts = await rows.list_attempts(tx.conn, pod.id)
+        scene = await sightings.observe(Scene(tx, pod, attempt, instance), seen, max(asked_at, instance.known_at))
+        await _plan_next(scene, Work(pod, attempts, instance))
+
+
+def _hard_stop(attempt: AttemptRow, seen: base.Instance | None) -> datetime:
+    if seen is not None and seen.hard_stop_at is not None:
+        return seen.hard_stop_at
+    return datetime.fromtimestamp(int(attempt.ref.rpartition("-")[2], 36), UTC)
+
+
+async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Rejected) -> None:
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        await rows.settle_attempt(tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail)
+        after = replace(pod, due_at=pod.now, state_reason=f"{attempt.provider}: {rejection.code}")
+        if not rejection.try_next_offer and pod.wanted == "running":
+            after = replace(
+                after, state="failed", wanted="gone", wanted_at=pod.now, ends_because="provisioning_failed",
+                charge_until=pod.now.replace(microsecond=0),
+            )  # fmt: skip
+        await sightings.save(tx, pod, after)
+
+
+async def _make_ambiguous(work: Work, attempt: AttemptRow, code: str, detail: str) -> None:
+    """Nobody knows whether the create made something: look the reference up, and try nothing else meanwhile."""
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        await rows.settle_attempt(tx.conn, attempt.id, "ambiguous", code=code, detail=detail, leaving=("open",))
+        await rows.save_pod(tx.conn, replace(pod, due_at=pod.now))
+
+
+async def _abandon(work: Work, attempt: AttemptRow) -> None:
+    """The reference was not found. A birth later is ended on sight; until it cannot come any more its hold stays."""
+    lag = int(attempt.candidate.capabilities["visibility_lag_seconds"])
+    until = attempt.over_at + timedelta(seconds=config.settings().stray_grace_seconds + lag)
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        await rows.settle_attempt(tx.conn, attempt.id, "abandoned", hold_until=until, leaving=("ambiguous",))
+        await rows.save_pod(tx.conn, replace(pod, due_at=pod.now))
+
+
+async def _wait_for_births(tx: store.Transaction, pod: PodRow, attempts: list[AttemptRow]) -> datetime | None:
+    """Until when an abandoned attempt of this pod may still bear something; None when none may."""
+    soon = pod.now + timedelta(seconds=_SLOW_POLL_SECONDS)
+    for attempt in attempts:
+        if attempt.state != "abandoned" or attempt.hold_until is None:
+            continue
+        if pod.now < attempt.hold_until:
+            return max(soon, attempt.hold_until) if attempt.hold_until > soon else attempt.hold_until
+        if attempt.candidate.capabilities.get("terminal_is_final"):
+            continue
+        if await rows.count_listings(tx.conn, attempt.account_id, attempt.hold_until) < sightings.MANY_LISTINGS:
+            return soon
+    return None
+
+
+async def _may_try_again(tx: store.Transaction, work: Work, candidate: Candidate) -> bool:
+    """While an abandoned create may still come true, a further one needs a hold of its own, or waits."""
+    until = await _wait_for_births(tx, work.pod, work.attempts)
+    if until is None:
+        return True
+    pod = work.pod
+    left = max(0, round((pod.ends_at - pod.now).total_seconds()))
+    fixed = candidate.min_billing_s + int(candidate.capabilities.get("termination_allowance_seconds", 0))
+    try:
+        async with tx.conn.transaction():
+            await pod_rows.take_hold(
+                tx.conn, pod.id, f"attempt:{len(work.attempts) + 1}", pod.agent_id, max(1, cost(candidate.price_micro_h, left + fixed))
+            )
+    except psycopg.Error as error:
+        if budgets.limiting_agent(error) is None:
+            raise
+        await rows.save_pod(tx.conn, replace(pod, due_at=until, state_reason="waiting: an earlier create may still come true"))
+        return False
+    return True
+
+
+async def _make_stray(tx: store.Transaction, pod: PodRow, work: Work) -> None:
+    """Fail over: the sweep ends the old instance, and what it costs from here on is the installation's loss."""
+    instance = await rows.lock_live(tx.conn, pod.id)
+    if instance is None:
+        return
+    stray = replace(instance, role="stray")
+    await rows.save_instance(tx.conn, stray)
+    if instance.started_at is None:
+        await sightings.charge_installation(tx, stray, work.maker)
+    else:
+        await money_rows.change_phase(tx.conn, stray.id, pod.now, "full", work.maker.price_micro_h, "operator")
+
+
+async def _refuse_start(work: Work, rejection: errors.Rejected) -> None:
+    """There is no room for a stopped pod now: it stays stopped, and says why."""
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        if pod.wanted != "running":
+            await rows.wake_pod(tx.conn, pod.id)
+            return
+        reason = f"it could not be started: {rejection.code}"
+        stopped = replace(pod, state="stopped", state_reason=reason, wanted="stopped", wanted_at=pod.now, due_at=None)
+        await sightings.save(tx, pod, stopped)
+
+
+async def plan_after(scene: Scene) -> None:
+    """After the sweep saw a change: make the pod due when that calls for a step."""
+    attempts = await rows.list_attempts(scene.tx.conn, scene.pod.id)
+    await _plan_next(scene, Work(scene.pod, attempts, scene.instance))

@@ -1,0 +1,107 @@
+"""One tick: everything that an event should have moved and did not, and everything that only time moves.
+
+First what needs the database alone, then due pods, then a complete listing of every account, then the bill. Ticks come
+twice, late and overlapping; each part is claimed by its rows.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Final
+
+from gpubroker import config, errors, metering, outbox, sightings, store
+from gpubroker.events import PodData
+from gpubroker.providers import registry
+from gpubroker.providers.registry import Adapters
+from gpubroker.provisioning import Driver
+from gpubroker.store import events as event_rows
+from gpubroker.store import instances as rows
+from gpubroker.store import money as money_rows
+from gpubroker.store import pods as pod_rows
+from gpubroker.sweep import sweep
+
+log = logging.getLogger("gpubroker.reconcile")
+
+_AT_ONCE: Final = 16
+_BATCH: Final = 500
+_LOOK_SECONDS: Final = 3.0
+_LONGEST_SECONDS: Final = 50.0
+
+
+async def reconcile(adapters: Adapters) -> None:
+    """Work one tick. With something starting it looks again every few seconds, almost until the next tick."""
+    began = time.monotonic()
+    driver = Driver(adapters)
+    await expire()
+    await drive_due(driver)
+    await sweep_all(adapters)
+    await drive_due(driver)
+    await metering.bill_all(older_than_seconds=min(60, config.settings().tick_seconds))
+    await _tidy()
+    limit = min(_LONGEST_SECONDS, config.settings().tick_seconds - 10.0)
+    while time.monotonic() - began < limit and await _is_anything_due_soon():
+        await asyncio.sleep(_LOOK_SECONDS)
+        await expire()
+        await drive_due(driver)
+
+
+async def expire() -> None:
+    """Want the end of every pod whose time is over: the database alone decides that."""
+    async with store.worker() as tx:
+        expired = await rows.list_expired(tx.conn, _BATCH)
+    for pod_id in expired:
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, pod_id)
+            if pod.wanted == "gone" or pod.ends_at > pod.now:
+                continue
+            await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at)
+            data = PodData(
+                pod_id=pod.id, agent_id=pod.agent_id, state="terminating", version=pod.version + 1, name=pod.name,
+                ends_because="lifetime",
+            )  # fmt: skip
+            await outbox.write(tx, "pod.terminating", pod.id, data, tenant=pod.org_id, agent_id=pod.agent_id)
+
+
+async def drive_due(driver: Driver) -> None:
+    """Drive every pod that is due, several at once; one that fails holds no other up."""
+    async with store.worker() as tx:
+        due = await rows.list_due(tx.conn, 0, _BATCH)
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def drive(pod_id: str) -> None:
+        async with gate:
+            await driver.drive_on(pod_id)
+
+    await _gather([drive(pod_id) for pod_id in due], due)
+
+
+async def sweep_all(adapters: Adapters) -> None:
+    """Sweep every account that is on or has something of ours, all at once: none waits for another."""
+    async with store.worker() as tx:
+        used = await rows.list_used_providers(tx.conn)
+    names = sorted({*registry.enabled(config.settings()), *used})
+    await _gather([sweep(adapters, name) for name in names], names)
+
+
+async def _gather(work: Sequence[Awaitable[None]], names: Sequence[str]) -> None:
+    for name, result in zip(names, await asyncio.gather(*work, return_exceptions=True), strict=True):
+        if isinstance(result, errors.GpubrokerError | TimeoutError | OSError):
+            log.warning("%s: %s %s", name, type(result).__name__, result)
+        elif isinstance(result, BaseException):
+            log.error("%s failed", name, exc_info=result)
+
+
+async def _tidy() -> None:
+    async with store.worker() as tx:
+        overdue = await event_rows.take_overdue(tx)
+        for month in await money_rows.close_months(tx.conn):
+            log.info("%s is closed", month)
+        await event_rows.prune(tx)
+    if overdue:
+        outbox.publish_soon(overdue)
+
+
+async def _is_anything_due_soon() -> bool:
+    async with store.worker() as tx:
+        return bool(await rows.list_due(tx.conn, _LOOK_SECONDS * 2, 1))
