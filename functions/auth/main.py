@@ -48,7 +48,8 @@ async def list_agents(call: web.Call[web.Nothing, web.Paged]) -> web.Answer:
     after = web.read_cursor(call.query.cursor, str)
     async with call.transaction() as tx:
         found = await rows.list_agents(tx.conn, tx.known.agent_id, after[0] if after else None, call.query.limit + 1)
-    return web.Answer(web.make_page(found, call.query.limit))
+    items, cursor = web.cut_page(found, call.query.limit)
+    return web.Answer(Page[Agent](items=items, next_cursor=cursor))
 
 
 @api.operation("GET", "/v1/agents/{id}", answers={200: Agent})
@@ -80,7 +81,8 @@ async def list_keys(call: web.Call[web.Nothing, KeyQuery]) -> web.Answer:
         found = await rows.list_keys(
             tx.conn, tx.known.agent_id, call.query.agent_id, after[0] if after else None, call.query.limit + 1
         )
-    return web.Answer(web.make_page(found, call.query.limit))
+    items, cursor = web.cut_page(found, call.query.limit)
+    return web.Answer(Page[Key](items=items, next_cursor=cursor))
 
 
 @api.operation("DELETE", "/v1/keys/{id}", scope="agents:write", answers={200: Key})

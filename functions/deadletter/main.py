@@ -18,7 +18,9 @@ async def record_failure(event: Incoming) -> None:
     destination = event.extensions.get("knativeerrordest", "")
     async with store.worker() as tx:
         is_awaited = await rows.fail_delivery(tx, event.id, None, f"{code} from {destination}")
-    log.error("event %s (%s) was not delivered: %s from %s; awaited: %s", event.id, event.type, code, destination, is_awaited)
+    log.error(
+        "event %s (%s) was not delivered: %s from %s; awaited: %s", event.id, event.type, code, destination, is_awaited
+    )
 
 
 consumer = Consumer("deadletter", record_failure, any_type=True)

@@ -60,8 +60,8 @@ async def list_pods(call: web.Call[web.Nothing, ListQuery]) -> web.Answer:
             tx.known.agent_id, query.state, query.agent_id, domain.read_labels(query.label), query.created_after
         )
         found = await rows.list_pods(tx.conn, which, before[0] if before else None, query.limit + 1)
-    page = web.make_page(found, query.limit)
-    return web.Answer(Page[Pod](items=[domain.present(pod) for pod in page.items], next_cursor=page.next_cursor))
+    shown, cursor = web.cut_page(found, query.limit)
+    return web.Answer(Page[Pod](items=[domain.present(pod) for pod in shown], next_cursor=cursor))
 
 
 @api.operation("GET", "/v1/pods/{id}", scope="pods:read", query=domain.WaitQuery, answers={200: Pod})
@@ -87,7 +87,9 @@ async def stop_pod(call: Action) -> web.Answer:
     return await answer_action(call)
 
 
-@api.operation("POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+@api.operation(
+    "POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod}
+)
 async def restart_pod(call: Action) -> web.Answer:
     """End a pod's program and start it anew."""
     async with call.transaction() as tx:

@@ -18,7 +18,9 @@ async def sum_usage(call: web.Call[web.Nothing, domain.UsageQuery]) -> web.Answe
         return web.Answer(await domain.sum_usage(tx, call.query))
 
 
-@api.operation("GET", "/v1/usage/records", scope="usage:read", query=domain.RecordsQuery, answers={200: Page[UsageRecord]})
+@api.operation(
+    "GET", "/v1/usage/records", scope="usage:read", query=domain.RecordsQuery, answers={200: Page[UsageRecord]}
+)
 async def list_records(call: web.Call[web.Nothing, domain.RecordsQuery]) -> web.Answer:
     """List the intervals that were charged, in the order in which they were billed."""
     async with call.transaction() as tx:

@@ -14,7 +14,17 @@ import psycopg
 
 from gpubroker import budgets, errors, keys, store
 from gpubroker.ids import new_id
-from gpubroker.resources import SCOPES, Agent, AgentRequest, AgentWithKey, Key, KeyRequest, KeyWithSecret, NewKey, Whoami
+from gpubroker.resources import (
+    SCOPES,
+    Agent,
+    AgentRequest,
+    AgentWithKey,
+    Key,
+    KeyRequest,
+    KeyWithSecret,
+    NewKey,
+    Whoami,
+)
 from gpubroker.store import accounts as rows
 from gpubroker.times import now
 
@@ -49,7 +59,9 @@ def install(database_url: str) -> str:
         return rows.install(conn, owner)
 
 
-def bootstrap(database_url: str, org_name: str, limit_micro: int, period: str, plan: str, *, new_key: bool) -> Bootstrap:
+def bootstrap(
+    database_url: str, org_name: str, limit_micro: int, period: str, plan: str, *, new_key: bool
+) -> Bootstrap:
     """Make an organisation, its root agent with a budget, and a key; again it changes nothing.
 
     The first organisation's key has `admin`. With `new_key`, an organisation that is there gets a further key.

@@ -16,7 +16,7 @@ def mine() -> Adapters:
 
 async def close() -> None:
     """Close what was made; the next use makes it anew."""
-    global _adapters  # noqa: PLW0603 - as above
+    global _adapters
     closing, _adapters = _adapters, None
     if closing is not None:
         await closing.close()

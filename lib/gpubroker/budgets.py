@@ -32,7 +32,9 @@ async def set_budget(tx: store.Transaction, agent_id: str, request: BudgetReques
         raised = present.limit_usd is not None and request.limit_usd > present.limit_usd
         if raised or present.limit_usd is None or request.period != present.period:
             raise errors.Forbidden("Nobody may raise a limit of itself.", hint="Have an agent above this one do it.")
-    await check_limit(tx, [above for above in await _path(tx, agent_id) if above != agent_id], request.limit_usd, "/limit_usd")
+    await check_limit(
+        tx, [above for above in await _path(tx, agent_id) if above != agent_id], request.limit_usd, "/limit_usd"
+    )
     await rows.set_budget(tx.conn, agent_id, request.limit_usd, request.period)
     return await show_budget(tx, agent_id)
 
@@ -61,7 +63,9 @@ class Purse:
         """The least of the path; nothing where nobody has a limit."""
         return min((available for available, _ in self._limited), default=0)
 
-    def refuse(self, needed_micro: int, price_micro_h: int, fixed_micro: int, *, limiting: str | None = None) -> errors.BudgetExhausted:
+    def refuse(
+        self, needed_micro: int, price_micro_h: int, fixed_micro: int, *, limiting: str | None = None
+    ) -> errors.BudgetExhausted:
         """The problem of a hold that the path does not cover.
 
         `fixed_micro` is what a hold needs beside price × lifetime. Amounts of an agent above the caller are not told.

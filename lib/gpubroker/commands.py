@@ -13,7 +13,10 @@ from gpubroker.errors import SetupError
 from gpubroker.money import format_usd, parse_usd
 
 app: Final = typer.Typer(
-    help="A GPU broker that AI agents call as a tool.", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False
+    help="A GPU broker that AI agents call as a tool.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
 )
 manifests_app: Final = typer.Typer(help="Manifests that are made from the code.", no_args_is_help=True)
 catalog_app: Final = typer.Typer(help="Offers of the providers.", no_args_is_help=True)
@@ -33,10 +36,12 @@ def _usd(text: str) -> int:
 
 
 @app.command()
-def bootstrap(  # noqa: PLR0913, PLR0917 - the command's options
+def bootstrap(
     data: Data = DEFAULT_DATA,
     org: Annotated[str, typer.Option(help="The organisation's name.")] = "default",
-    budget_usd: Annotated[int, typer.Option(parser=_usd, metavar="USD", help="What it may spend in a period.")] = 100_000_000,
+    budget_usd: Annotated[
+        int, typer.Option(parser=_usd, metavar="USD", help="What it may spend in a period.")
+    ] = 100_000_000,
     period: Annotated[Literal["total", "day", "month"], typer.Option(help="The budget's period.")] = "total",
     plan: Annotated[Literal["free", "pro", "enterprise"], typer.Option(help="Its rate limits.")] = "enterprise",
     new_key: Annotated[bool, typer.Option("--new-key", help="Issue a further key.")] = False,

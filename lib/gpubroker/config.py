@@ -74,7 +74,9 @@ def read(variables: Mapping[str, str]) -> Settings:
             return default
         return int(text)
 
-    owner, secret, listed = (_value(variables, n) for n in ("GPUBROKER_OWNER", "GPUBROKER_SECRET_KEY", "GPUBROKER_PROVIDERS"))
+    owner, secret, listed = (
+        _value(variables, n) for n in ("GPUBROKER_OWNER", "GPUBROKER_SECRET_KEY", "GPUBROKER_PROVIDERS")
+    )
     if owner is not None and not _OWNER.fullmatch(owner):
         wrong.append("GPUBROKER_OWNER must be 8 characters of a-z and 0-9, as 'gpubroker bootstrap' printed it")
     if secret is not None and len(secret) < _SECRET_BYTES:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from gpubroker import errors, outbox, store
 from gpubroker.events import BY_TYPE, TICK
 from gpubroker.times import parse_time
-from gpubroker.web import read_body
+from gpubroker.web import Served, read_body
 
 log = logging.getLogger("gpubroker.consumer")
 
@@ -44,10 +44,11 @@ class Incoming:
     extensions: dict[str, str]
 
 
-class Consumer:
+class Consumer(Served):
     """One event-driven function, as an ASGI application."""
 
     def __init__(self, name: str, handler: Callable[[Incoming], Awaitable[None]], *, any_type: bool = False) -> None:
+        super().__init__()
         self.name = name
         self._handler = handler
         self._any_type = any_type
@@ -114,9 +115,7 @@ async def decode(request: Request) -> Incoming:
     if media_type.startswith("application/cloudevents"):
         msg = f"{media_type} is not taken here, send one event"
         raise MalformedEvent(msg)
-    attributes = {
-        name.removeprefix("ce-"): value for name, value in request.headers.items() if name.startswith("ce-")
-    }
+    attributes = {name.removeprefix("ce-"): value for name, value in request.headers.items() if name.startswith("ce-")}
     if raw and media_type not in ("application/json", ""):
         msg = f"data of {media_type} is not JSON"
         raise MalformedEvent(msg)

@@ -101,7 +101,7 @@ EVENTS: Final = (
     EventType("pod.terminated", PodData, _DRIVERS, (), "The instance is gone by evidence, billed, and the hold is closed."),
     EventType("usage.recorded", UsageData, ("metering", "reconcile"), (), "An instance was billed up to a moment."),
     EventType("offers.refreshed", OffersData, ("catalog",), (), "A provider's offers changed."),
-    EventType("provider.unhealthy", ProviderData, ("catalog", "reconcile"), (), "A provider fails, or its listing is not believed."),
+    EventType("provider.unhealthy", ProviderData, ("catalog", "reconcile"), (), "A provider fails, or is not believed."),
 )  # fmt: skip
 
 BY_TYPE: Final = {event.type: event for event in EVENTS}

@@ -32,32 +32,37 @@ class _Chip:
     """Forms that have a memory size of their own."""
 
 
-def _chip(name: str, *vram_gb: int, forms: str = "", aliases: str = "", form_vram: tuple[tuple[str, int], ...] = ()) -> _Chip:
+def _chip(
+    name: str, *vram_gb: int, forms: str = "", aliases: str = "", form_vram: tuple[tuple[str, int], ...] = ()
+) -> _Chip:
     return _Chip(name, vram_gb, tuple(forms.split()), tuple(aliases.split()), form_vram)
 
 
 _CHIPS: Final = (
     _chip("GB300", 288), _chip("GB200", 192), _chip("B300", 288, forms="SXM"), _chip("B200", 180, forms="SXM"),
     _chip("GH200", 96, 144), _chip("H200", 141, forms="SXM NVL"),
-    _chip("H100", 80, forms="SXM PCIe NVL", form_vram=(("NVL", 94),)), _chip("H800", 80, forms="SXM PCIe"), _chip("H20", 96, forms="SXM"),
+    _chip("H100", 80, forms="SXM PCIe NVL", form_vram=(("NVL", 94),)), _chip("H800", 80, forms="SXM PCIe"),
+    _chip("H20", 96, forms="SXM"),
     _chip("A100", 80, 40, forms="SXM PCIe"), _chip("A800", 80, forms="SXM PCIe"), _chip("V100", 16, 32, forms="SXM PCIe"),
     _chip("L40S", 48), _chip("L40", 48), _chip("L4", 24), _chip("A40", 48), _chip("A30", 24), _chip("A16", 16), _chip("A10G", 24),
     _chip("A10", 24), _chip("A2", 16), _chip("T4", 16), _chip("P100", 16), _chip("P40", 24), _chip("P4", 8), _chip("K80", 12),
     _chip("M60", 8), _chip("M40", 12, 24),
     _chip("RTX PRO 6000", 96, aliases="rtxpro6000blackwell rtxpro6000b rtxpro6000server rtxpro6000blackwellserveredition "
-          "rtxpro6000serveredition rtxpro6000blackwellworkstationedition rtxpro6000workstation rtxpro6000ws rtxpro6000s rtxpro6000wk "
-          "rtxpro6000maxq rtx6000pro rtx6000blackwell pro6000"),
+          "rtxpro6000serveredition rtxpro6000blackwellworkstationedition rtxpro6000workstation rtxpro6000ws rtxpro6000s "
+          "rtxpro6000wk rtxpro6000maxq rtx6000pro rtx6000blackwell pro6000"),
     _chip("RTX PRO 5000", 48, aliases="rtxpro5000blackwell pro5000"), _chip("RTX PRO 4500", 32, aliases="rtxpro4500blackwell"),
     _chip("RTX PRO 4000", 24, aliases="rtxpro4000blackwell"),
     _chip("RTX 6000 Ada", 48, aliases="rtx6000adageneration 6000ada a6000ada"), _chip("RTX 5880 Ada", 48, aliases="5880ada"),
-    _chip("RTX 5000 Ada", 32, aliases="rtx5000adageneration 5000ada"), _chip("RTX 4500 Ada", 24, aliases="rtx4500adageneration 4500ada"),
+    _chip("RTX 5000 Ada", 32, aliases="rtx5000adageneration 5000ada"),
+    _chip("RTX 4500 Ada", 24, aliases="rtx4500adageneration 4500ada"),
     _chip("RTX 4000 Ada", 20, aliases="rtx4000adageneration 4000ada rtx4000sffada"),
     _chip("RTX 2000 Ada", 16, aliases="rtx2000adageneration 2000ada"),
     _chip("RTX A6000", 48, aliases="a6000"), _chip("RTX A5500", 24, aliases="a5500"), _chip("RTX A5000", 24, aliases="a5000"),
     _chip("RTX A4500", 20, aliases="a4500"), _chip("RTX A4000", 16, aliases="a4000"), _chip("RTX A2000", 12, aliases="a2000"),
     _chip("Quadro RTX 8000", 48, aliases="rtx8000"), _chip("Quadro RTX 6000", 24, aliases="rtx6000"),
     _chip("Quadro RTX 5000", 16, aliases="rtx5000"), _chip("Quadro RTX 4000", 8, aliases="rtx4000"),
-    _chip("Quadro P6000", 24, aliases="p6000"), _chip("Quadro P5000", 16, aliases="p5000"), _chip("Quadro P4000", 8, aliases="p4000"),
+    _chip("Quadro P6000", 24, aliases="p6000"), _chip("Quadro P5000", 16, aliases="p5000"),
+    _chip("Quadro P4000", 8, aliases="p4000"),
     _chip("Titan RTX", 24), _chip("Titan V", 12), _chip("Titan Xp", 12),
     _chip("RTX 5090", 32, aliases="5090"), _chip("RTX 5080", 16, aliases="5080"), _chip("RTX 5070 Ti", 16, aliases="5070ti"),
     _chip("RTX 5070", 12, aliases="5070"), _chip("RTX 5060 Ti", 16, aliases="5060ti"), _chip("RTX 5060", 8, aliases="5060"),
@@ -78,7 +83,9 @@ _CHIPS: Final = (
     _chip("RX 7900 XTX", 24, aliases="7900xtx"), _chip("Gaudi 3", 128), _chip("Gaudi 2", 96),
 )  # fmt: skip
 
-_NOISE: Final = re.compile(r"\b(nvidia|geforce|tesla|amd|radeon|instinct|intel|habana|gpu|graphics|card|core|tensor|grace|hopper)\b")
+_NOISE: Final = re.compile(
+    r"\b(nvidia|geforce|tesla|amd|radeon|instinct|intel|habana|gpu|graphics|card|core|tensor|grace|hopper)\b"
+)
 _COUNT: Final = re.compile(r"^\s*\d{1,2}\s*x\s+|\b(?:\d{1,2}x|x\d{1,2})\b")
 _TAIL: Final = re.compile(
     r"(?:(?P<form>sxm|pcie|nvl|nvlink)\d?(?:x\d{1,2})?|(?P<vram>\d{1,3})gb?|hbm\d?e?|gddr\d?x?|ib|generation|edition)"

@@ -19,15 +19,15 @@ def parse_usd(value: object) -> int:
     Raises ValueError for more than six decimals, a negative or non-finite number, or more than a billion.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
-        msg = "a decimal string or number is needed, such as \"2.50\""
+        msg = 'a decimal string or number is needed, such as "2.50"'
         raise ValueError(msg)  # noqa: TRY004 - pydantic turns a ValueError into a 422, a TypeError into a crash
     if isinstance(value, str) and not _plain(value):
-        msg = "is not a decimal number such as \"2.50\""
+        msg = 'is not a decimal number such as "2.50"'
         raise ValueError(msg)
     try:
         micro = Decimal(value) * MICRO
     except InvalidOperation:
-        msg = "is not a decimal number such as \"2.50\""
+        msg = 'is not a decimal number such as "2.50"'
         raise ValueError(msg) from None
     if not micro.is_finite() or micro < 0:
         msg = "must be zero or more"

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from dataclasses import asdict
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
 
@@ -48,7 +48,11 @@ def _upper(text: str) -> str:
     return text.upper()
 
 
-Texts = Annotated[list[Annotated[str, Field(min_length=1, max_length=80)]], BeforeValidator(_split), Field(min_length=1, max_length=32)]
+Texts = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=80)]],
+    BeforeValidator(_split),
+    Field(min_length=1, max_length=32),
+]
 Count = Annotated[int, web.Whole, Field(ge=0, le=4096)]
 Size = Annotated[int, web.Whole, Field(ge=0, le=10**7)]
 Number = Annotated[float, BeforeValidator(_number), Field(ge=0, le=10**7, allow_inf_nan=False)]
@@ -168,7 +172,12 @@ async def refresh_offers(provider: Provider, tick_seconds: int) -> rows.Changes 
     async with store.worker() as tx:
         changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
         await rows.end_refresh(
-            tx.conn, refresh_id, complete=True, seen=len(listed), changed=changes.changed, quarantined=len(listed) - len(offers)
+            tx.conn,
+            refresh_id,
+            complete=True,
+            seen=len(listed),
+            changed=changes.changed,
+            quarantined=len(listed) - len(offers),
         )
         await rows.trust_account(tx.conn, account_id, began_at)
         if changes.changed or changes.gone:
@@ -187,21 +196,15 @@ async def _give_up(name: str, account_id: str, refresh_id: int, reason: str) -> 
 
 def describe(provider: Provider) -> dict[str, object]:
     """A provider's capabilities, as its account's row carries them."""
-    c = provider.capabilities
-    return {name: sorted(v) if isinstance(v := getattr(c, name), frozenset) else v for name in c.__slots__}
+    return asdict(provider.capabilities) | {"supports": sorted(provider.capabilities.supports)}
 
 
 def _read_offer(offer: ProviderOffer) -> rows.NewOffer | None:
     if not 0 < offer.price_micro_h <= LARGEST // 10_000:
         return None
     model = gpus.recognise(offer.gpu, offer.vram_gb) if offer.gpu else None
-    values: Mapping[str, Any] = {name: getattr(offer, name, None) for name in rows.NewOffer.__slots__}
-    return rows.NewOffer(
-        **{
-            **values,
-            "gpu": model.name if model else offer.gpu,
-            "vram_gb": model.vram_gb if model else offer.vram_gb,
-            "supports": sorted(offer.supports),
-            "quarantined": None,
-        }
-    )
+    values: dict[str, Any] = {name: getattr(offer, name, None) for name in rows.NewOffer.__slots__}
+    values |= {"supports": sorted(offer.supports), "quarantined": None}
+    if model is not None:
+        values |= {"gpu": model.name, "vram_gb": model.vram_gb}
+    return rows.NewOffer(**values)

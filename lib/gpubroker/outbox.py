@@ -30,7 +30,9 @@ _publishing: set[asyncio.Task[None]] = set()
 _client: "httpx.AsyncClient | None" = None
 
 
-async def write(tx: Transaction, what: str, subject: str, data: Data, *, tenant: str | None, agent_id: str | None) -> Event:
+async def write(
+    tx: Transaction, what: str, subject: str, data: Data, *, tenant: str | None, agent_id: str | None
+) -> Event:
     """Write an event, such as `pod.requested`, into this transaction, with a delivery for each declared consumer."""
     declared = BY_WHAT[what]
     if type(data) is not declared.data:
@@ -77,7 +79,8 @@ async def publish(events: Sequence[Event]) -> None:
 
 
 async def _send(event: Event) -> bool:
-    from cloudevents.http import CloudEvent, to_binary  # noqa: PLC0415 - after the answer, so that no cold start pays for it
+    # After the answer, so that no cold start pays for it; cloudevents types to_binary in part.
+    from cloudevents.http import CloudEvent, to_binary  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType]
 
     attributes = {
         "id": event.id,
@@ -90,7 +93,8 @@ async def _send(event: Event) -> bool:
         "traceparent": event.traceparent,
         "datacontenttype": "application/json",
     }
-    headers, body = to_binary(CloudEvent({k: v for k, v in attributes.items() if v is not None}, event.data))
+    made = CloudEvent({name: value for name, value in attributes.items() if value is not None}, event.data)
+    headers, body = to_binary(made)
     try:
         answer = await _http().post(config.settings().sink_url or "", headers=headers, content=body)
     except Exception as error:  # noqa: BLE001 - whatever it was, the row is still there
@@ -112,7 +116,7 @@ def _http() -> "httpx.AsyncClient":
 
 async def close(seconds: float = _TIMEOUT_SECONDS) -> None:
     """Let what is being published end, at most so many seconds, and close the connection to the Broker."""
-    global _client  # noqa: PLW0603 - see _http()
+    global _client
     if _publishing:
         await asyncio.wait(_publishing, timeout=seconds)
     closing, _client = _client, None

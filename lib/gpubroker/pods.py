@@ -85,10 +85,12 @@ class PodRequest(Input):
     name: Name | None = Field(default=None, description="Unique among the agent's live pods.")
     image: Annotated[str, Field(min_length=1, max_length=300, pattern=r"^[^\s]+$")] | None = None
     command: Annotated[list[Annotated[str, Field(max_length=32768)]], Field(min_length=1, max_length=256)] | None = None
-    env: Annotated[dict[EnvName, Annotated[str, Field(max_length=32768)]], Field(max_length=256), AfterValidator(_check_env)] = (
-        Field(default_factory=dict, description="Secrets: sealed at rest, never shown again, erased at the end.")
+    env: Annotated[
+        dict[EnvName, Annotated[str, Field(max_length=32768)]], Field(max_length=256), AfterValidator(_check_env)
+    ] = Field(default_factory=dict, description="Secrets: sealed at rest, never shown again, erased at the end.")
+    ports: Annotated[list[PortRequest], Field(max_length=16), AfterValidator(_check_ports)] = Field(
+        default_factory=list
     )
-    ports: Annotated[list[PortRequest], Field(max_length=16), AfterValidator(_check_ports)] = Field(default_factory=list)
     disk_gb: int | None = Field(default=None, ge=1, le=100_000)
     labels: Labels = Field(default_factory=dict)
     requirements: offers.Requirements | None = None
@@ -221,7 +223,9 @@ async def _take_offer(tx: store.Transaction, request: PodRequest, offer_id: str,
     if lacking:
         why = " (containers come with the cluster)" if found[0].provider == "local" and "image" in lacking else ""
         msg = f"This offer of {found[0].provider} does not support: {', '.join(lacking)}{why}."
-        raise errors.NotSupported(msg, more={"errors": [{"pointer": "/offer_id", "message": f"lacks {name}"} for name in lacking]})
+        raise errors.NotSupported(
+            msg, more={"errors": [{"pointer": "/offer_id", "message": f"lacks {name}"} for name in lacking]}
+        )
     if (request.disk_gb or 0) > found[0].disk_gb:
         raise web.invalid("/disk_gb", f"this offer has at most {found[0].disk_gb}")
     return found[0]
@@ -264,7 +268,8 @@ def _make_pod(caller: store.Caller, request: PodRequest, plan: Plan, key: idempo
         token_jti=caller.jti,
         name=request.name,
         life_seconds=plan.life_seconds,
-        spec=spec | {"disk_gb": max(request.disk_gb or 0, (request.requirements and request.requirements.min_disk_gb) or 0)},
+        spec=spec
+        | {"disk_gb": max(request.disk_gb or 0, (request.requirements and request.requirements.min_disk_gb) or 0)},
         candidates=[asdict(candidate) for candidate in plan.candidates],
         env_sealed=seal_secrets(pod_id, secrets) if secrets else None,
         seal_key=sealing.fingerprint() if secrets else None,
@@ -340,7 +345,9 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
     latest = round((pod.hard_stop_at - pod.created_at).total_seconds())
     if life > latest and not movable:
         msg = f"{candidate.provider} cannot move the pod's hard stop; the longest lifetime it can have is {latest} seconds."
-        raise errors.NotSupported(msg, more={"errors": [{"pointer": "/max_lifetime_seconds", "message": f"at most {latest}"}]})
+        raise errors.NotSupported(
+            msg, more={"errors": [{"pointer": "/max_lifetime_seconds", "message": f"at most {latest}"}]}
+        )
     needed = _commit([candidate], life)
     if budget is not None and needed > budget:
         raise budgets.refuse(needed, budget, candidate.price_micro_h, _fixed(candidate), tx.known.agent_id)
@@ -369,7 +376,9 @@ def _new_totals(pod: rows.PodView, request: ExtendRequest, candidate: Candidate)
     if request.max_lifetime_seconds is not None and request.max_lifetime_seconds < present:
         raise web.invalid("/max_lifetime_seconds", f"is less than the present {present}: extend gives new totals")
     if request.budget_usd is not None and pod.budget_micro is not None and request.budget_usd < pod.budget_micro:
-        raise web.invalid("/budget_usd", f"is less than the present {format_usd(pod.budget_micro)}: extend gives new totals")
+        raise web.invalid(
+            "/budget_usd", f"is less than the present {format_usd(pod.budget_micro)}: extend gives new totals"
+        )
     if request.max_lifetime_seconds is not None:
         return request.max_lifetime_seconds, budget
     paid_for = _affordable([candidate], budget or 0)
@@ -388,7 +397,12 @@ async def end_pod(tx: store.Transaction, pod: rows.PodView, because: str) -> boo
     if not await rows.want_gone(tx.conn, pod.id, because, allowance):
         return False
     data = PodData(
-        pod_id=pod.id, agent_id=pod.agent_id, state="terminating", version=pod.version + 1, name=pod.name, ends_because=because
+        pod_id=pod.id,
+        agent_id=pod.agent_id,
+        state="terminating",
+        version=pod.version + 1,
+        name=pod.name,
+        ends_because=because,
     )
     await outbox.write(tx, "pod.terminating", pod.id, data, tenant=pod.org_id, agent_id=pod.agent_id)
     return True

@@ -388,9 +388,13 @@ class Driver:
             if instance is None:
                 return
             sent = instance.terminate_sent_at or (pod.now if life == "terminating" else None)
-            await rows.save_instance(tx.conn, replace(instance, life=life, commanded_at=pod.now, terminate_sent_at=sent))
+            await rows.save_instance(
+                tx.conn, replace(instance, life=life, commanded_at=pod.now, terminate_sent_at=sent)
+            )
             if restarted is not None:
-                await sightings.save(tx, pod, replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted)))
+                await sightings.save(
+                    tx, pod, replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted))
+                )
         fresh = replace(work, instance=replace(instance, life=life, commanded_at=pod.now))
         await self._get(fresh)
 
@@ -414,7 +418,11 @@ class Driver:
         async with store.worker() as tx:
             pod = await rows.lock_pod(tx.conn, work.pod.id)
             attempts = await rows.list_attempts(tx.conn, pod.id)
-            if pod.state == "terminated" or any(a.state in rows.OPEN for a in attempts) or await rows.lock_live(tx.conn, pod.id):
+            if (
+                pod.state == "terminated"
+                or any(a.state in rows.OPEN for a in attempts)
+                or await rows.lock_live(tx.conn, pod.id)
+            ):
                 await rows.wake_pod(tx.conn, pod.id)
                 return
             until = await _wait_for_births(tx, pod, attempts)
@@ -521,7 +529,11 @@ async def _plan_next(scene: Scene, work: Work) -> None:
 
 
 async def adopt(
-    tx: store.Transaction, attempt: AttemptRow, provider_instance_id: str, seen: base.Instance | None, asked_at: datetime
+    tx: store.Transaction,
+    attempt: AttemptRow,
+    provider_instance_id: str,
+    seen: base.Instance | None,
+    asked_at: datetime,
 ) -> None:
     """Know an instance with the reference of this attempt: the pod's own, or a stray when it cannot be that any more."""
     pod = await rows.lock_pod(tx.conn, attempt.pod_id)
@@ -611,12 +623,18 @@ async def _may_try_again(tx: store.Transaction, work: Work, candidate: Candidate
     try:
         async with tx.conn.transaction():
             await pod_rows.take_hold(
-                tx.conn, pod.id, f"attempt:{len(work.attempts) + 1}", pod.agent_id, max(1, cost(candidate.price_micro_h, left + fixed))
+                tx.conn,
+                pod.id,
+                f"attempt:{len(work.attempts) + 1}",
+                pod.agent_id,
+                max(1, cost(candidate.price_micro_h, left + fixed)),
             )
     except psycopg.Error as error:
         if budgets.limiting_agent(error) is None:
             raise
-        await rows.save_pod(tx.conn, replace(pod, due_at=until, state_reason="waiting: an earlier create may still come true"))
+        await rows.save_pod(
+            tx.conn, replace(pod, due_at=until, state_reason="waiting: an earlier create may still come true")
+        )
         return False
     return True
 

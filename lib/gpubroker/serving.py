@@ -2,14 +2,19 @@
 
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp
 
 from gpubroker import bundle, config, errors
+
+if TYPE_CHECKING:
+    import uvicorn
 
 _GRACE_SECONDS = 15
 
 
-def load(name: str) -> Any:
+def load(name: str) -> ASGIApp:
     """Load a function of the bundle as functions-framework does, as an ASGI application."""
     import functions_framework.aio  # noqa: PLC0415 - only a server needs it
 
@@ -50,7 +55,7 @@ def serve(name: str, port: int | None, host: str) -> int:
     return 0
 
 
-async def _run(server: Any) -> None:
+async def _run(server: "uvicorn.Server") -> None:
     from gpubroker import adapters, outbox, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
 
     try:

@@ -4,6 +4,7 @@ Drivers and the sweep bring their sightings here; arrival order decides nothing.
 one, or before the last command, says nothing about the present and is dropped. Unknown is never running, silence is never gone.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -112,12 +113,17 @@ async def _lose_sight(scene: Scene, seen: base.Instance) -> Scene:
     await rows.save_instance(scene.tx.conn, known)
     pod = scene.pod
     if pod.state in ("running", "starting") and pod.wanted == "running" and scene.instance.started_at is not None:
-        pod = replace(pod, state="unreachable", state_reason=seen.reason or f"the provider says {seen.status!r}", billing="unknown")
+        pod = replace(
+            pod,
+            state="unreachable",
+            state_reason=seen.reason or f"the provider says {seen.status!r}",
+            billing="unknown",
+        )
         await save(scene.tx, scene.pod, pod)
     return replace(scene, pod=pod, instance=known)
 
 
-def follow(pod: PodRow, instance: InstanceRow, seen: base.Instance, moment: datetime) -> PodRow:
+def follow(pod: PodRow, instance: InstanceRow, seen: base.Instance, moment: datetime) -> PodRow:  # noqa: PLR0911 - a table
     """The pod after this sighting: where it stands, and what is wanted now. A pure rule."""
     if pod.wanted == "gone" or instance.role == "stray":
         return pod
@@ -126,7 +132,9 @@ def follow(pod: PodRow, instance: InstanceRow, seen: base.Instance, moment: date
     if seen.life == "stopped":
         return _follow_stopped(pod, instance, seen)
     if seen.life == "interrupted":
-        return replace(pod, state="interrupted", state_reason=seen.reason or "the provider took it away", wanted="stopped")
+        return replace(
+            pod, state="interrupted", state_reason=seen.reason or "the provider took it away", wanted="stopped"
+        )
     if seen.life in ("starting", "stopping") and pod.state in ("creating", "starting", "stopping", "unreachable"):
         state = "stopping" if pod.wanted == "stopped" else "starting"
         return replace(pod, state=state, state_reason=seen.reason)
@@ -242,7 +250,7 @@ async def take_absence(scene: Scene, what: str, ended_at: datetime | None = None
     return replace(scene, instance=known)
 
 
-async def finish_instance(scene: Scene, ended_at: datetime, evidence: dict[str, object]) -> Scene:
+async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[str, object]) -> Scene:
     """The instance is gone: close its last phase, and say what that means for its pod."""
     tx, instance, pod = scene.tx, scene.instance, scene.pod
     if instance.role == "live":

@@ -62,7 +62,9 @@ async def _list(account_id: str, provider: base.Provider, began_at: datetime) ->
     except (errors.ProviderError, TimeoutError, OSError) as error:
         log.warning("the listing of %s failed: %s %s", provider.name, type(error).__name__, error)
         async with store.worker() as tx:
-            await rows.end_listing(tx.conn, account_id, began_at, complete=False, error=f"{type(error).__name__}: {error}")
+            await rows.end_listing(
+                tx.conn, account_id, began_at, complete=False, error=f"{type(error).__name__}: {error}"
+            )
         return None
     ours = [instance for instance in listed if instance.ref is not None and instance.ref.startswith(f"gb-{owner}-")]
     async with store.worker() as tx:
@@ -122,10 +124,15 @@ async def _miss(listing: Listing, known: InstanceRow) -> None:
         if known.role == "stray":
             if known.terminate_sent_at is not None and known.terminate_sent_at < listing.began_at:
                 ended = known.seen_at or known.known_at
-                await rows.mark_gone(tx.conn, known.id, ended, {"kind": "stray", "listing_without": listing.began_at.isoformat()})
+                await rows.mark_gone(
+                    tx.conn, known.id, ended, {"kind": "stray", "listing_without": listing.began_at.isoformat()}
+                )
                 await money_rows.bill(tx.conn, known.id, ended)
             else:
-                await rows.save_instance(tx.conn, replace(known, misses=known.misses + 1, missed_since=known.missed_since or listing.began_at))
+                await rows.save_instance(
+                    tx.conn,
+                    replace(known, misses=known.misses + 1, missed_since=known.missed_since or listing.began_at),
+                )
             return
         scene = await _lock_scene(tx, known)
         if scene is None:
@@ -158,8 +165,10 @@ async def _distrust(listing: Listing, reason: str) -> None:
 
 
 async def _end_strays(listing: Listing) -> None:
-    """End what is nobody's: known attempts' at once; unknown references on a later sweep and after the grace, unless
-    there are so many that the database itself must be doubted."""
+    """End what is nobody's: of a known attempt at once, of an unknown reference on a later sweep and after the grace.
+
+    Unless there are so many of these that the database itself must be doubted.
+    """
     async with store.worker() as tx:
         present = await rows.list_present(tx.conn, listing.account_id)
     listed = {instance.id for instance in listing.instances}
@@ -173,7 +182,9 @@ async def _end_strays(listing: Listing) -> None:
         strays = [i for i in strays if i.attempt_id is not None]
     grace = timedelta(seconds=config.settings().stray_grace_seconds)
     for stray in strays:
-        is_ripe = stray.attempt_id is not None or (stray.known_at < listing.began_at and stray.known_at + grace <= listing.began_at)
+        is_ripe = stray.attempt_id is not None or (
+            stray.known_at < listing.began_at and stray.known_at + grace <= listing.began_at
+        )
         if is_ripe:
             await _end_stray(listing, stray)
 
@@ -200,4 +211,6 @@ async def _end_stray(listing: Listing, stray: InstanceRow) -> None:
             await rows.mark_gone(tx.conn, fresh.id, ended, {"kind": "final", "status": seen.status})
             await money_rows.bill(tx.conn, fresh.id, ended)
         else:
-            await rows.save_instance(tx.conn, replace(fresh, terminate_sent_at=fresh.terminate_sent_at or now, commanded_at=now))
+            await rows.save_instance(
+                tx.conn, replace(fresh, terminate_sent_at=fresh.terminate_sent_at or now, commanded_at=now)
+            )

@@ -46,7 +46,8 @@ async def list_records(tx: store.Transaction, query: RecordsQuery) -> Page[Usage
     """A page of the intervals that the caller's subtree was charged for."""
     after = web.read_cursor(query.cursor, str)
     found = await rows.list_records(tx.conn, _read_span(tx, query), after[0] if after else None, query.limit + 1)
-    return web.make_page(found, query.limit)
+    items, cursor = web.cut_page(found, query.limit)
+    return Page[UsageRecord](items=items, next_cursor=cursor)
 
 
 def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) -> rows.Span:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from gpubroker import bundle, config, errors, keys, outbox, store
 from gpubroker.ids import new_id
-from gpubroker.resources import Input, Page
+from gpubroker.resources import Input
 
 log = logging.getLogger("gpubroker.web")
 
@@ -135,7 +135,7 @@ class Call(Generic[B, Q]):
         return cast("str", self.request.path_params[name])
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[store.Transaction]:
+    async def transaction(self) -> AsyncGenerator[store.Transaction]:
         """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
         async with store.public(self.credential, self.operation.scope) as tx:
             yield tx
@@ -156,10 +156,18 @@ class Call(Generic[B, Q]):
             raise
 
 
-class Api:
+class Served(Response):
+    """An ASGI application that a function returns: functions-framework awaits it as it does any response."""
+
+    def __init__(self) -> None:
+        """It has no content of its own, so nothing of a response is set up."""
+
+
+class Api(Served):
     """The operations of one function, as an ASGI application."""
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self.name = name
         self.operations: list[Operation] = []
         self._router: Router | None = None
@@ -281,7 +289,9 @@ def read_credential(request: Request) -> store.Credential:
     if not text:
         raise errors.Unauthenticated(headers=_CHALLENGE)
     if not keys.is_key(text):
-        raise errors.Unauthenticated(headers={"WWW-Authenticate": _CHALLENGE["WWW-Authenticate"] + ', error="invalid_token"'})
+        raise errors.Unauthenticated(
+            headers={"WWW-Authenticate": _CHALLENGE["WWW-Authenticate"] + ', error="invalid_token"'}
+        )
     return store.Credential(key_hash=keys.hash_key(text))
 
 
@@ -435,7 +445,7 @@ def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None
     fields = model.model_fields
     for part in place[:-1]:
         declared = fields.get(str(part))
-        inner = [a for a in _models_in(declared.annotation if declared else None)]
+        inner = _models_in(declared.annotation if declared else None)
         fields = inner[0].model_fields if inner else {}
     near = get_close_matches(str(place[-1]), list(fields), n=1)
     return near[0] if near else None
@@ -444,7 +454,8 @@ def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None
 def _models_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+    inner: tuple[object, ...] = getattr(cast("object", annotation), "__args__", ())
+    return [model for part in inner for model in _models_in(part)]
 
 
 def as_problem(error: Exception, request_id: str) -> errors.Problem:
@@ -540,7 +551,7 @@ class _Named(Protocol):
 N = TypeVar("N", bound=_Named)
 
 
-def make_page(found: Sequence[N], limit: int) -> Page[N]:
-    """Make a page of at most `limit` of what was found in the order of ids; one more than that says that there are more."""
+def cut_page(found: Sequence[N], limit: int) -> tuple[list[N], str | None]:
+    """At most `limit` of what was found in the order of ids, and the cursor of the rest: one more says that there is one."""
     shown = list(found[:limit])
-    return Page(items=shown, next_cursor=write_cursor(shown[-1].id) if len(found) > limit else None)
+    return shown, write_cursor(shown[-1].id) if len(found) > limit else None

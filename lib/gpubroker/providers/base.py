@@ -229,7 +229,7 @@ class Provider(ABC):
 
     async def extend(self, instance_id: str, hard_stop_at: datetime) -> None:
         """Move the provider's own end of this instance."""
-        raise CannotDo(self.name, f"the end of {instance_id} cannot be moved")
+        raise CannotDo(self.name, f"the end of {instance_id} cannot be moved to {hard_stop_at}")
 
     async def logs(self, instance_id: str, *, after: int | None, since: datetime | None, limit: int) -> LogPage:
         """At most `limit` bytes of the log: from byte `after` on, or without it the last ones.
@@ -242,7 +242,9 @@ class Provider(ABC):
         self, instance_id: str, command: Sequence[str], *, stdin: bytes | None, timeout_seconds: int
     ) -> ExecResult:
         """Run a command in a running instance and wait for its end, at most `timeout_seconds`."""
-        raise CannotDo(self.name, f"{instance_id} cannot run {command[:1]} ({timeout_seconds} s, stdin: {stdin is not None})")
+        raise CannotDo(
+            self.name, f"{instance_id} cannot run {command[:1]} ({timeout_seconds} s, stdin: {stdin is not None})"
+        )
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of connections."""

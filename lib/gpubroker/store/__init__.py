@@ -6,7 +6,7 @@ transaction-pooling proxy works. `Transaction.events` collects the events writte
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -129,21 +129,21 @@ async def _open() -> Pool:
 
 async def close() -> None:
     """Close this process's connections; the next use opens new ones."""
-    global _pool  # noqa: PLW0603 - see pool()
+    global _pool
     closing, _pool = _pool, None
     if closing is not None:
         await closing.close(timeout=5)
 
 
 @asynccontextmanager
-async def worker() -> AsyncIterator[Transaction]:
+async def worker() -> AsyncGenerator[Transaction]:
     """A transaction that sees all organisations, for consumers and ticks."""
     async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER) as tx:
         yield tx
 
 
 @asynccontextmanager
-async def public(credential: Credential, scope: str | None) -> AsyncIterator[Transaction]:
+async def public(credential: Credential, scope: str | None) -> AsyncGenerator[Transaction]:
     """A transaction of the caller whose credential this is, within its organisation.
 
     Raises Unauthenticated, or Forbidden when the caller's rights lack `scope`.
@@ -154,7 +154,7 @@ async def public(credential: Credential, scope: str | None) -> AsyncIterator[Tra
 
 
 @asynccontextmanager
-async def _connection() -> AsyncIterator[Connection]:
+async def _connection() -> AsyncGenerator[Connection]:
     try:
         async with (await pool()).connection() as conn:
             yield conn
@@ -163,7 +163,7 @@ async def _connection() -> AsyncIterator[Connection]:
 
 
 @asynccontextmanager
-async def _transaction(tx: Transaction, begin: LiteralString) -> AsyncIterator[Transaction]:
+async def _transaction(tx: Transaction, begin: LiteralString) -> AsyncGenerator[Transaction]:
     await tx.conn.execute(begin)
     try:
         yield tx

@@ -193,9 +193,12 @@ SELECT k.id, k.agent_id, k.name, k.start, k.scopes, k.created_at, k.used_at, k.e
   FROM key k JOIN agent_path p ON p.agent_id = k.agent_id
  WHERE p.ancestor_id = %(above)s"""
 _FIND_KEY: Final = _KEY + " AND k.id = %(id)s"
-_LIST_KEYS: Final = _KEY + """
+_LIST_KEYS: Final = (
+    _KEY
+    + """
    AND (%(agent)s::text IS NULL OR k.agent_id = %(agent)s)
    AND (%(after)s::text IS NULL OR k.id > %(after)s) ORDER BY k.id LIMIT %(limit)s"""
+)
 
 
 async def find_key(conn: Connection, above: str, key_id: str) -> Key | None:

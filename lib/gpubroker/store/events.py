@@ -104,8 +104,8 @@ _PRUNE: Final = (
     "DELETE FROM tick WHERE bucket < clock_timestamp() - interval '1 day'",
     "DELETE FROM idempotency WHERE at < clock_timestamp() - interval '48 hours'",
     "DELETE FROM listing l WHERE l.began_at < clock_timestamp() - interval '2 days'",
-    "DELETE FROM refresh r WHERE r.began_at < clock_timestamp() - interval '2 days' AND EXISTS (SELECT FROM refresh n"
-    " WHERE n.account_id = r.account_id AND n.complete AND n.began_at > r.began_at)",
+    """DELETE FROM refresh r WHERE r.began_at < clock_timestamp() - interval '2 days' AND EXISTS (
+           SELECT FROM refresh n WHERE n.account_id = r.account_id AND n.complete AND n.began_at > r.began_at)""",
 )
 
 

@@ -1,9 +1,9 @@
 """Rows of `pod` as drivers work on them, and of `attempt`, `instance` and `listing`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
@@ -164,7 +164,9 @@ UPDATE pod SET state = %(state)s, state_reason = %(state_reason)s, billing = %(b
 
 async def save_pod(conn: Connection, pod: PodRow) -> None:
     """Write what a driver changed of a pod that it has locked."""
-    await conn.execute(_SAVE_POD, {name: getattr(pod, name) for name in PodRow.__slots__ if name not in ("spec", "candidates")})
+    await conn.execute(
+        _SAVE_POD, {name: getattr(pod, name) for name in PodRow.__slots__ if name not in ("spec", "candidates")}
+    )
 
 
 _MOVE_LEASE: Final = "UPDATE pod SET due_at = %s WHERE id = %s AND turn = %s RETURNING due_at"
@@ -175,8 +177,6 @@ async def move_lease(conn: Connection, pod_id: str, turn: int, until: datetime) 
     return await (await conn.execute(_MOVE_LEASE, (until, pod_id, turn))).fetchone() is not None
 
 
-
-
 async def wake_pod(conn: Connection, pod_id: str) -> None:
     """Make a pod due now."""
     await conn.execute("UPDATE pod SET due_at = instant() WHERE id = %s AND state <> 'terminated'", (pod_id,))
@@ -184,7 +184,9 @@ async def wake_pod(conn: Connection, pod_id: str) -> None:
 
 async def wake_for_look(conn: Connection, pod_id: str) -> None:
     """Make a pod due for a look soon, unless a step is under way."""
-    await conn.execute("UPDATE pod SET due_at = instant() WHERE id = %s AND due_at IS NULL AND state <> 'terminated'", (pod_id,))
+    await conn.execute(
+        "UPDATE pod SET due_at = instant() WHERE id = %s AND due_at IS NULL AND state <> 'terminated'", (pod_id,)
+    )
 
 
 _DUE: Final = "SELECT id FROM pod WHERE due_at <= instant() + %s * interval '1 second' ORDER BY due_at LIMIT %s"
@@ -323,7 +325,7 @@ _BY_PROVIDER_ID: Final = _INSTANCE + " WHERE account_id = %s AND provider_instan
 _PRESENT: Final = _INSTANCE + " WHERE account_id = %s AND gone_at IS NULL ORDER BY id"
 
 
-async def _one(conn: Connection, sql: Any, parameters: tuple[object, ...]) -> InstanceRow | None:
+async def _one(conn: Connection, sql: LiteralString, parameters: tuple[object, ...]) -> InstanceRow | None:
     cursor = conn.cursor(row_factory=class_row(InstanceRow))
     await cursor.execute(sql, parameters)
     return await cursor.fetchone()
@@ -352,7 +354,8 @@ async def list_present(conn: Connection, account_id: str) -> list[InstanceRow]:
 
 
 _ADD_INSTANCE: Final = """
-INSERT INTO instance (id, org_id, attempt_id, pod_id, account_id, provider_instance_id, ref, role, known_at, billed_until, hard_stop_at)
+INSERT INTO instance (id, org_id, attempt_id, pod_id, account_id, provider_instance_id, ref, role, known_at, billed_until,
+                      hard_stop_at)
 VALUES (new_id('ins'), %(org_id)s, %(attempt_id)s, %(pod_id)s, %(account_id)s, %(provider_instance_id)s, %(ref)s, %(role)s,
         %(known_at)s, date_trunc('second', %(known_at)s::timestamptz), %(hard_stop_at)s)
 ON CONFLICT (account_id, provider_instance_id) DO NOTHING"""
@@ -393,7 +396,9 @@ UPDATE instance SET role = %(role)s, life = %(life)s, provider_status = %(provid
 
 async def save_instance(conn: Connection, instance: InstanceRow) -> None:
     """Write what is known anew of an instance that is locked."""
-    values = {name: getattr(instance, name) for name in InstanceRow.__slots__} | {"endpoints": Jsonb(instance.endpoints)}
+    values = {name: getattr(instance, name) for name in InstanceRow.__slots__} | {
+        "endpoints": Jsonb(instance.endpoints)
+    }
     await conn.execute(_SAVE_INSTANCE, values)
 
 
@@ -402,9 +407,9 @@ UPDATE instance SET gone_at = instant(), ended_at = %(ended_at)s, gone_evidence 
  WHERE id = %(id)s AND gone_at IS NULL"""
 
 
-async def mark_gone(conn: Connection, instance_id: str, ended_at: datetime, evidence: dict[str, object]) -> None:
+async def mark_gone(conn: Connection, instance_id: str, ended_at: datetime, evidence: Mapping[str, object]) -> None:
     """The instance is gone, and this proves it."""
-    await conn.execute(_MARK_GONE, {"id": instance_id, "ended_at": ended_at, "evidence": Jsonb(evidence)})
+    await conn.execute(_MARK_GONE, {"id": instance_id, "ended_at": ended_at, "evidence": Jsonb(dict(evidence))})
 
 
 # Sweeps
@@ -418,7 +423,8 @@ WITH noted AS (
     INSERT INTO listing (account_id, began_at, ended_at, complete, instances, error)
     VALUES (%(account)s, %(began_at)s, instant(), %(complete)s, %(instances)s, %(error)s) RETURNING complete
 )
-UPDATE provider_account SET listing_until = NULL, last_listing_at = CASE WHEN %(complete)s THEN %(began_at)s ELSE last_listing_at END
+UPDATE provider_account
+   SET listing_until = NULL, last_listing_at = CASE WHEN %(complete)s THEN %(began_at)s ELSE last_listing_at END
  WHERE id = %(account)s"""
 _DISTRUST: Final = "UPDATE provider_account SET distrust_until = instant() + %s * interval '1 second' WHERE id = %s"
 _IS_TRUSTED: Final = "SELECT distrust_until IS NULL OR distrust_until <= instant() FROM provider_account WHERE id = %s"
@@ -435,12 +441,24 @@ async def begin_listing(conn: Connection, account_id: str, seconds: int) -> date
 
 
 async def end_listing(
-    conn: Connection, account_id: str, began_at: datetime, *, complete: bool, instances: int = 0, error: str | None = None
+    conn: Connection,
+    account_id: str,
+    began_at: datetime,
+    *,
+    complete: bool,
+    instances: int = 0,
+    error: str | None = None,
 ) -> None:
     """Note what a listing brought. Only a complete one is evidence."""
     await conn.execute(
         _END_LISTING,
-        {"account": account_id, "began_at": began_at, "complete": complete, "instances": instances, "error": (error or "")[:500] or None},
+        {
+            "account": account_id,
+            "began_at": began_at,
+            "complete": complete,
+            "instances": instances,
+            "error": (error or "")[:500] or None,
+        },
     )
 
 

@@ -1,9 +1,9 @@
 """Rows of `budget`, `hold`, `phase`, `usage_interval` and `ledger`; the rules stand in the migrations' functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Final
+from typing import Final, LiteralString
 
 from psycopg.rows import class_row
 
@@ -77,11 +77,6 @@ async def list_budgets(
 async def set_budget(conn: Connection, agent_id: str, limit_micro: int, period: str) -> None:
     """Set an agent's own limit; what is held or was spent in the period counts against it."""
     await conn.execute("SELECT set_budget(%s, %s, %s)", (agent_id, limit_micro, period))
-
-
-_SPENT: Final = """
-SELECT coalesce(sum(drawn_micro), 0)::bigint, coalesce(sum(CASE WHEN closed_at IS NULL THEN amount_micro ELSE drawn_micro END), 0)::bigint
-  FROM hold WHERE pod_id = %s"""
 
 
 async def bill(conn: Connection, instance_id: str, until: datetime) -> int:
@@ -162,7 +157,8 @@ WITH span AS (
        AND (%(pod)s::text IS NULL OR u.pod_id = %(pod)s) AND (%(agent)s::text IS NULL OR d.agent_id = %(agent)s)
 ), cut AS (  -- at full hours, for those who ask by the hour; amounts telescope, so that cutting never changes a sum
     SELECT s.*, greatest(s.a, g.at) AS b, least(s.z, g.at + interval '1 hour') AS e
-      FROM span s CROSS JOIN LATERAL generate_series(date_trunc('hour', s.a, 'UTC'), s.z - interval '1 second', interval '1 hour') g(at)
+      FROM span s CROSS JOIN LATERAL
+           generate_series(date_trunc('hour', s.a, 'UTC'), s.z - interval '1 second', interval '1 hour') g(at)
 ), piece AS (
     SELECT pod_id, agent_id, provider, gpu, b AS at,
            CASE billing WHEN 'full' THEN extract(epoch FROM e - b)::bigint ELSE 0 END AS seconds, gpu_count,
@@ -180,18 +176,24 @@ WITH span AS (
 _SUMS: Final = """, coalesce(sum(seconds), 0)::bigint AS seconds, coalesce(sum(seconds * gpu_count), 0)::bigint AS gpu_seconds,
        coalesce(sum(amount_micro), 0)::bigint AS amount_usd FROM piece"""
 _TOTAL: Final = _PIECES + " SELECT NULL AS key" + _SUMS
-_BY: Final = {
+_BY: Final[Mapping[str, LiteralString]] = {
     "agent": _PIECES + " SELECT agent_id AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
     "pod": _PIECES + " SELECT pod_id AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
     "provider": _PIECES + " SELECT provider AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
     "gpu": _PIECES + " SELECT gpu AS key" + _SUMS + " GROUP BY 1 ORDER BY 1 NULLS LAST",
-    "hour": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
+    "hour": _PIECES
+    + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"') AS key"
+    + _SUMS
+    + " GROUP BY 1 ORDER BY 1",
     "day": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM-DD') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
     "month": _PIECES + " SELECT to_char(at AT TIME ZONE 'UTC', 'YYYY-MM') AS key" + _SUMS + " GROUP BY 1 ORDER BY 1",
 }
 _BY_LABEL: Final = (
-    _PIECES + " SELECT v AS key" + _SUMS + " LEFT JOIN pod_label n ON n.pod_id = piece.pod_id AND n.k = %(label)s GROUP BY 1 ORDER BY 1 NULLS LAST"
-)  # fmt: skip
+    _PIECES
+    + " SELECT v AS key"
+    + _SUMS
+    + " LEFT JOIN pod_label n ON n.pod_id = piece.pod_id AND n.k = %(label)s GROUP BY 1 ORDER BY 1 NULLS LAST"
+)
 
 
 async def sum_usage(conn: Connection, span: Span, group: str | None) -> list[UsageRow]:

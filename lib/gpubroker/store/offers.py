@@ -38,7 +38,8 @@ FILTERS: Final[Mapping[str, LiteralString]] = {
     "region": "o.region ILIKE %(region)s",
     "country": "o.country = %(country)s",
     "spot": "o.spot = %(spot)s",
-    "max_price_usd_per_hour": "o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) <= %(max_price_usd_per_hour)s",
+    "max_price_usd_per_hour": "o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb)"
+    " <= %(max_price_usd_per_hour)s",
     "max_price_usd_per_gpu_hour": "o.per_gpu <= %(max_price_usd_per_gpu_hour)s AND o.gpu_count > 0",
     "supports": "o.supports @> %(supports)s",
     "min_reliability": "o.reliability >= %(min_reliability)s",
@@ -70,7 +71,9 @@ class Question:
 async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]]:
     """Offers in the order asked for, each with its sort value; by index, whatever the filters."""
     by = _SORTS["price_with_disk" if question.sort == "price" and question.disk_gb else question.sort]
-    sql: LiteralString = _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place" + _FROM + _OPEN
+    sql: LiteralString = (
+        _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place" + _FROM + _OPEN
+    )
     if question.available:
         sql += _AVAILABLE
     for name in question.filters:
@@ -128,7 +131,8 @@ class Candidate:
 
 
 _CANDIDATE: Final = """
-SELECT o.id AS offer_id, o.account_id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus::float, o.ram_gb::float,
+SELECT o.id AS offer_id, o.account_id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus::float,
+       o.ram_gb::float,
        o.disk_gb, o.region, o.country, o.spot,
        o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS price_micro_h, o.stopped_micro_h,
        o.min_billing_s, o.increment_s, o.supports, o.reliability, p.capabilities"""
@@ -165,7 +169,9 @@ ON CONFLICT (provider, identity) DO UPDATE
 RETURNING id"""
 
 
-async def ensure_account(conn: Connection, provider: str, identity: str, capabilities: Mapping[str, object], stale_after: int) -> str:
+async def ensure_account(
+    conn: Connection, provider: str, identity: str, capabilities: Mapping[str, object], stale_after: int
+) -> str:
     """Know the account of this identity at a provider, with its present capabilities. Returns our id of it."""
     cursor = await conn.execute(
         _ENSURE_ACCOUNT,
@@ -288,12 +294,26 @@ async def begin_refresh(conn: Connection, account_id: str, every_seconds: int) -
 
 
 async def end_refresh(
-    conn: Connection, refresh_id: int, *, complete: bool, seen: int = 0, changed: int = 0, quarantined: int = 0, error: str | None = None
+    conn: Connection,
+    refresh_id: int,
+    *,
+    complete: bool,
+    seen: int = 0,
+    changed: int = 0,
+    quarantined: int = 0,
+    error: str | None = None,
 ) -> None:
     """Note what became of a refresh."""
     await conn.execute(
         _END_REFRESH,
-        {"id": refresh_id, "complete": complete, "seen": seen, "changed": changed, "quarantined": quarantined, "error": error},
+        {
+            "id": refresh_id,
+            "complete": complete,
+            "seen": seen,
+            "changed": changed,
+            "quarantined": quarantined,
+            "error": error,
+        },
     )
 
 

@@ -166,9 +166,14 @@ SELECT p.id, p.org_id, p.agent_id, p.name, p.state, p.state_reason, p.billing, p
       SELECT sum(drawn_micro) AS spent, sum(CASE WHEN closed_at IS NULL THEN amount_micro ELSE drawn_micro END) AS committed
         FROM hold WHERE pod_id = p.id) h ON true
 """
-_FIND: Final = _VIEW + """
+_FIND: Final = (
+    _VIEW
+    + """
   JOIN agent_path s ON s.agent_id = p.agent_id AND s.ancestor_id = %(above)s WHERE p.id = %(id)s"""
-_LIST: Final = _VIEW + """
+)
+_LIST: Final = (
+    _VIEW
+    + """
   JOIN agent_path s ON s.agent_id = p.agent_id AND s.ancestor_id = %(above)s
  WHERE (%(states)s::text[] IS NULL OR p.state = ANY (%(states)s))
    AND (%(agent)s::text IS NULL OR p.agent_id = %(agent)s)
@@ -179,6 +184,7 @@ _LIST: Final = _VIEW + """
    AND (NOT %(live)s OR p.wanted <> 'gone')
    AND (%(before)s::text IS NULL OR p.id < %(before)s)
  ORDER BY p.id DESC LIMIT %(limit)s"""
+)
 
 
 async def find_pod(conn: Connection, above: str, pod_id: str) -> PodView | None:
@@ -302,7 +308,9 @@ UPDATE pod SET ends_at = created_at + %(life)s * interval '1 second', budget_mic
        version = version + 1 WHERE id = %(id)s"""
 
 
-async def extend(conn: Connection, pod_id: str, life_seconds: int, budget_micro: int | None, *, move_hard_stop: bool) -> None:
+async def extend(
+    conn: Connection, pod_id: str, life_seconds: int, budget_micro: int | None, *, move_hard_stop: bool
+) -> None:
     """Move the pod's end; its hard stop too where the provider can be told."""
     parameters = {"id": pod_id, "life": life_seconds, "budget": budget_micro, "hard_stop": HARD_STOP_SECONDS}
     await conn.execute(_EXTEND if move_hard_stop else _EXTEND_WITHIN, parameters)

@@ -75,7 +75,9 @@ def migrate(database_url: str) -> list[str]:
     except psycopg.OperationalError as error:
         raise SetupError(f"the database cannot be reached: {_reason(error)}") from None
     except psycopg.errors.InsufficientPrivilege as error:
-        raise SetupError(f"the database user may not migrate: {_reason(error)}; use one that may create tables and roles") from None
+        raise SetupError(
+            f"the database user may not migrate: {_reason(error)}; use one that may create tables and roles"
+        ) from None
 
 
 _READ: Final = "SELECT number, name, checksum, needs FROM migration ORDER BY number"
@@ -116,7 +118,9 @@ async def check(conn: AsyncConnection[Any], owner: str) -> None:
     """See whether this code may use this database. Raises SetupError when it is older, too new, or another's."""
     try:
         async with conn.transaction():
-            await conn.execute("SET LOCAL ROLE gpubroker_public")  # the user itself may have no right but to take a role
+            await conn.execute(
+                "SET LOCAL ROLE gpubroker_public"
+            )  # the user itself may have no right but to take a role
             row = await (await conn.execute(_STATE)).fetchone()
     except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidParameterValue):
         row = None
