@@ -58,7 +58,7 @@ class Service:
 
 class _Quiet(uvicorn.Server):
     def capture_signals(self) -> Any:
-        import contextlib  # noqa: PLC0415
+        import contextlib
 
         return contextlib.nullcontext()
 
@@ -67,7 +67,7 @@ class _Quiet(uvicorn.Server):
 async def serving(app: Any) -> AsyncIterator[str]:
     server = _Quiet(uvicorn.Config(app, port=0, log_config=None, lifespan="off", http="httptools"))
     task = asyncio.create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
@@ -439,13 +439,13 @@ def test_many_events_from_many_publishers(tmp_path: Path) -> None:
         async with world(tmp_path, {"one": {}, "two": {}}, {"one": Service(), "two": Service()}) as w:
 
             async def publish(first: int) -> list[int]:
-                return [(await w.send(id=str(number))).status_code for number in range(first, 150, 10)]
+                return [(await w.send(id=str(number))).status_code for number in range(first, 100, 10)]
 
             answers = await asyncio.gather(*(publish(first) for first in range(10)))
             assert {status for statuses in answers for status in statuses} == {202}
             await w.settle()
             for name in ("one", "two"):
-                assert sorted(w.services[name].ids(), key=int) == [str(number) for number in range(150)]
+                assert sorted(w.services[name].ids(), key=int) == [str(number) for number in range(100)]
 
     play(scenario())
 
@@ -455,7 +455,7 @@ def test_closing_drops_what_is_in_flight(tmp_path: Path) -> None:
         delivery = {"delivery": {"retry": 9, "backoffPolicy": "linear", "backoffDelay": "PT100S"}}
         async with world(tmp_path, {"it": delivery}, {"it": Service(lambda _: Response(status_code=500))}) as w:
             await w.send()
-            while len(w.services["it"].came) < 2:
+            while len(w.services["it"].came) < 2:  # noqa: ASYNC110 - short
                 await asyncio.sleep(0.01)
             began = time.monotonic()
             await w.broker.close()
@@ -518,7 +518,7 @@ def test_a_tick_that_fails_is_logged_and_not_the_last(caplog: pytest.LogCaptureF
             assert await schedule.tick(5) == ["reconcile"]
             assert await schedule.tick(5) == []
             schedule.start()
-            while len(service.came) < 4:
+            while len(service.came) < 4:  # noqa: ASYNC110 - short
                 await asyncio.sleep(0.01)
         nowhere = PingSource("gone", "default", "* * * * *", "UTC", Destination("gone"))
         schedule = Schedule([nowhere], lambda _: "http://127.0.0.1:9")
@@ -540,7 +540,7 @@ def test_a_first_tick_that_takes_too_long_goes_on() -> None:
         service = Service(slow)
         async with clock(service, every=60) as schedule:
             assert await schedule.tick(0.1) == ["reconcile"]
-            while service.busy:
+            while service.busy:  # noqa: ASYNC110 - short
                 await asyncio.sleep(0.01)
 
     play(scenario())

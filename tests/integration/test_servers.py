@@ -209,7 +209,7 @@ def test_data_of_the_systems_version_use_its_binaries(tmp_path: Path) -> None:
     folder = tmp_path / "pg"
     folder.mkdir()
     probe = Postgres(folder, durable=False)
-    from gpubroker.local import processes, servers  # noqa: PLC0415
+    from gpubroker.local import processes, servers
 
     prefix, owner = processes.unprivileged("INT")
     probe._create(prefix, owner, Path("/usr/lib/postgresql/15/bin"))
@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 def test_a_port_taken_meanwhile_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The race that the wheel's wrapper loses, made certain: the first port found is taken."""
-    from gpubroker.local import processes  # noqa: PLC0415
+    from gpubroker.local import processes
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for server in (Postgres(tmp_path / "pg", durable=False), Valkey(tmp_path / "vk")):

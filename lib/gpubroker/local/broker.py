@@ -57,11 +57,11 @@ class _Done:
     reply: Envelope | None
 
 
-class _Full(Exception):  # noqa: N818 - a fact
+class _Full(Exception):
     """So much is in flight that no more is taken."""
 
 
-class _TooManyHops(Exception):  # noqa: N818 - a fact
+class _TooManyHops(Exception):
     """An event came back as the reply to a reply too often."""
 
 

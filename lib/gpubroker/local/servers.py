@@ -223,7 +223,7 @@ class Postgres(Server):
         return len(lines) > 7 and lines[0] == str(process.pid) and lines[7].strip() == "ready"  # noqa: PLR2004
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        processes.stop(process, (signal.SIGINT, 3), (signal.SIGQUIT, 1))
+        processes.stop(process, (signal.SIGINT, 2), (signal.SIGQUIT, 1))
 
 
 class Valkey(Server):
@@ -251,7 +251,6 @@ class Valkey(Server):
             'save ""\nappendonly no\nmaxmemory 64mb\nmaxmemory-policy allkeys-lru\n'
         )
         self._launch((*processes.tied("TERM"), str(binary), "-"), port, cwd=self.folder, stdin=settings.encode())
-        pid_file.write_text(f"{self.pid}\n")
 
     def _answers(self, process: subprocess.Popen[bytes], port: int) -> bool:
         del process

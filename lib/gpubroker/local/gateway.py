@@ -1,0 +1,151 @@
+"""All functions of the bundle in one process: one host in front of the public ones, another, internal, for the rest.
+
+The functions are loaded and called as functions-framework does it, so that each runs here as it runs alone.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, cast
+
+import httpx
+from functions_framework.aio import create_asgi_app  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+from functions_framework.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
+    FunctionsFrameworkException,
+)
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gpubroker import bundle
+from gpubroker.errors import SetupError
+
+_OK: Final = 200
+_HEALTH_SECONDS: Final = 5.0
+_VARIABLES: Final = ("FUNCTION_TARGET", "FUNCTION_SIGNATURE_TYPE")
+_MODULE: Final = "main"
+
+
+def load(sources: Mapping[str, Path]) -> dict[str, ASGIApp]:
+    """Load functions by their names and files. Raises SetupError for a file or function that is not there."""
+    return {name: _load_one(name, source) for name, source in sources.items()}
+
+
+def _load_one(name: str, source: Path) -> ASGIApp:
+    """Load one function and undo what the framework leaves behind.
+
+    It loads every file as the module `main`, adds its folder to the path, and writes into the environment, where
+    FUNCTION_SIGNATURE_TYPE would decide over functions loaded later.
+    """
+    before, path = sys.modules.get(_MODULE), list(sys.path)
+    try:
+        return cast("ASGIApp", create_asgi_app(name, str(source)))
+    except FunctionsFrameworkException as error:
+        msg = f"the function {name} cannot be loaded: {' '.join(str(error).split())}"
+        raise SetupError(msg) from None
+    finally:
+        sys.path[:] = path
+        sys.modules.pop(_MODULE, None)
+        if before is not None:
+            sys.modules[_MODULE] = before
+        for variable in _VARIABLES:
+            os.environ.pop(variable, None)  # written by the framework just now, never read by us
+
+
+class Gateway:
+    """The public host: routes by the longest prefix of the bundle, as whole segments.
+
+    An unknown path goes to the first function, which answers it as it answers its own unknown paths.
+    """
+
+    def __init__(self, apps: Mapping[str, ASGIApp], functions: Iterable[bundle.Function] = bundle.FUNCTIONS) -> None:
+        public = [function for function in functions if function.kind == "public"]
+        self._apps = apps
+        self._fallback = apps[public[0].name]
+        self._public = [function.name for function in public]
+        self._routes = {f"/openapi/{function.name}.json": apps[function.name] for function in public}
+        self._routes |= {path: apps[function.name] for function in public for path in function.paths}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand one request to its function."""
+        if scope["type"] != "http":
+            return
+        app: ASGIApp = self._find(scope["path"])
+        if scope["method"] in ("GET", "HEAD"):
+            if scope["path"] == "/healthz":
+                app = await self._check_health()
+            elif scope["path"] == "/openapi.json":
+                app = await self._merge_openapi() or app
+        await app(scope, receive, send)
+
+    def _find(self, path: str) -> ASGIApp:
+        prefix = path
+        while prefix:
+            if prefix in self._routes:
+                return self._routes[prefix]
+            prefix = prefix.rpartition("/")[0]
+        return self._fallback
+
+    async def unhealthy(self) -> list[str]:
+        """Name the functions, also the internal ones, that do not answer 200 at `/healthz` within 5 s."""
+        answers = await asyncio.gather(*(_get(app, "/healthz") for app in self._apps.values()))
+        return [name for name, answer in zip(self._apps, answers, strict=True) if answer is None]
+
+    async def _check_health(self) -> Response:
+        failing = await self.unhealthy()
+        if failing:
+            return JSONResponse({"status": "unavailable", "functions": failing}, status_code=503)
+        return JSONResponse({"status": "ok"})
+
+    async def _merge_openapi(self) -> Response | None:
+        """Make one OpenAPI document of all that are there, None when there is none."""
+        answers = await asyncio.gather(*(_get(self._apps[name], f"/openapi/{name}.json") for name in self._public))
+        documents = [cast("dict[str, object]", json.loads(answer.content)) for answer in answers if answer is not None]
+        if not documents:
+            return None
+        merged: dict[str, object] = {}
+        for document in documents:
+            _merge(merged, document)
+        return JSONResponse(merged)
+
+
+def _merge(into: dict[str, object], other: Mapping[str, object]) -> None:
+    """Add what is not there yet; objects are merged member by member. Functions share models, so names agree."""
+    for name, value in other.items():
+        present = into.setdefault(name, value)
+        if present is not value and isinstance(present, dict) and isinstance(value, dict):
+            mine = into[name] = dict(cast("dict[str, object]", present))
+            _merge(mine, cast("dict[str, object]", value))
+
+
+class Internal:
+    """The internal host: `/broker` is the broker, `/<function>` any function, at whose own `/` its events arrive."""
+
+    def __init__(self, apps: Mapping[str, ASGIApp], broker: ASGIApp) -> None:
+        self._apps = {**apps, "broker": broker}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand one request to its Service."""
+        if scope["type"] != "http":
+            return
+        name, _, rest = str(scope["path"]).removeprefix("/").partition("/")
+        app = self._apps.get(name)
+        if app is None:
+            await PlainTextResponse("there is no such Service\n", 404)(scope, receive, send)
+            return
+        inner = f"/{rest}"
+        await app({**scope, "path": inner, "raw_path": inner.encode()}, receive, send)
+
+
+async def _get(app: ASGIApp, path: str) -> httpx.Response | None:
+    """Ask a function in this process; None for any answer but 200, or none in time."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # pyright: ignore[reportArgumentType] - same shape
+    async with httpx.AsyncClient(transport=transport, base_url="http://function", trust_env=False) as client:
+        try:
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                answer = await client.get(path)
+        except (httpx.HTTPError, TimeoutError):
+            return None
+    return answer if answer.status_code == _OK else None
