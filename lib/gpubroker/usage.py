@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field
 from gpubroker import store, web
 from gpubroker.resources import Page, Usage, UsageRecord, UsageRow
 from gpubroker.store import money as rows
-from gpubroker.times import now, parse_time
+from gpubroker.store.instances import read_instant
+from gpubroker.times import parse_time
 
 _GROUP: Final = r"^(agent|pod|provider|gpu|hour|day|month|label:[A-Za-z0-9][A-Za-z0-9._/-]{0,62})$"
 
@@ -36,7 +37,7 @@ class RecordsQuery(web.Paged):
 
 async def sum_usage(tx: store.Transaction, query: UsageQuery) -> Usage:
     """Usage of the caller's subtree in a time, by group, with its total."""
-    span = _read_span(tx, query)
+    span = await _read_span(tx, query)
     (total,) = await rows.sum_usage(tx.conn, span, None)
     items: list[UsageRow] = await rows.sum_usage(tx.conn, span, query.group_by) if query.group_by else []
     return Usage(from_=span.from_at, to=span.to_at, items=items, total=total)
@@ -45,13 +46,14 @@ async def sum_usage(tx: store.Transaction, query: UsageQuery) -> Usage:
 async def list_records(tx: store.Transaction, query: RecordsQuery) -> Page[UsageRecord]:
     """A page of the intervals that the caller's subtree was charged for."""
     after = web.read_cursor(query.cursor, str)
-    found = await rows.list_records(tx.conn, _read_span(tx, query), after[0] if after else None, query.limit + 1)
+    span = await _read_span(tx, query)
+    found = await rows.list_records(tx.conn, span, after[0] if after else None, query.limit + 1)
     items, cursor = web.cut_page(found, query.limit)
     return Page[UsageRecord](items=items, next_cursor=cursor)
 
 
-def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) -> rows.Span:
-    to_at = query.to or now()
+async def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) -> rows.Span:
+    to_at = query.to or await read_instant(tx.conn)
     from_at = query.from_ or to_at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if from_at >= to_at:
         raise web.invalid("?from", "must be before to")

@@ -1,0 +1,64 @@
+"""An agent's session through all layers: request, drive, act, bill."""
+
+import pytest
+
+from tests.factories import World
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_pod_runs_and_is_billed_to_the_second(world: World) -> None:
+    await world.use_final()
+    agent = await world.root.child(budget={"limit_usd": "10"})
+    pod = await world.run(agent, max_lifetime_seconds=3600)
+    assert pod["state"] == "running"
+    assert pod["price_usd_per_hour"] == "2.000000"
+    await world.pass_time(minutes=30)
+    await world.tick()
+    seen = await agent.get(f"/v1/pods/{pod['id']}")
+    assert seen["spent_usd"] in ("1.000000", "1.000555")
+    await agent.delete(f"/v1/pods/{pod['id']}")
+    await world.drive_due()
+    ended = await agent.get(f"/v1/pods/{pod['id']}")
+    assert (ended["state"], ended["ends_because"]) == ("terminated", "requested")
+    assert world.provider.alive() == []
+    usage = await agent.get("/v1/usage")
+    ran = sum(r.ran_seconds(0) for r in world.provider.rented.values())
+    assert abs(usage["total"]["seconds"] - ran) < 1
+    budget = (await agent.get("/v1/budgets"))["items"][0]
+    assert budget["held_usd"] == "0.000000"
+    assert budget["spent_usd"] == usage["total"]["amount_usd"] == ended["spent_usd"]
+    world.check_money()
+
+
+async def test_stop_keeps_the_disk_and_bills_storage(world: World) -> None:
+    await world.use_final()
+    agent = await world.root.child(budget={"limit_usd": "10"})
+    pod = await world.run(agent, max_lifetime_seconds=7200)
+    path = f"/v1/pods/{pod['id']}"
+    await world.pass_time(minutes=10)
+    stopped = await agent.post(f"{path}/stop", status=202)
+    assert stopped["state"] == "stopping"
+    await world.drive_due()
+    assert (await agent.get(path))["state"] == "stopped"
+    await world.pass_time(minutes=30)
+    await agent.post(f"{path}/start", status=202)
+    await world.drive_due()
+    assert (await agent.get(path))["state"] == "running"
+    await world.pass_time(minutes=10)
+    await agent.delete(path)
+    await world.drive_due()
+    rows = (await agent.get("/v1/usage/records"))["items"]
+    by_billing = {billing: sum(r["seconds"] for r in rows if r["billing"] == billing) for billing in ("full", "storage")}
+    assert by_billing["full"] in (1199, 1200, 1201)
+    assert by_billing["storage"] in (1799, 1800, 1801)
+    world.check_money()
+
+
+async def test_a_vendor_needs_more_evidence_that_an_instance_is_gone(world: World) -> None:
+    pod = await world.run(world.root)
+    await world.root.delete(f"/v1/pods/{pod['id']}")
+    await world.drive_due()
+    assert (await world.root.get(f"/v1/pods/{pod['id']}"))["state"] == "terminating"
+    await world.end(pod["id"])
+    world.check_money()

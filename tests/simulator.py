@@ -1,0 +1,236 @@
+"""A provider that can be misused: it keeps its instances and its own bill, and misbehaves on command.
+
+It stands for any vendor: creates that time out and still happen, listings that are empty, late or of another account,
+states that lag. Its bill is what the vendor would charge; tests hold ours against it.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import ClassVar, Self
+
+from gpubroker.config import Settings
+from gpubroker.errors import AmbiguousOutcome, InstanceNotFound, ProviderError, Rejected
+from gpubroker.providers import base
+
+OFFERS = (
+    base.ProviderOffer(
+        provider_offer_id="h100-1", gpu="H100 SXM", gpu_count=1, vcpus=16, ram_gb=128, disk_gb=500, region="eu-1", country="FI",
+        price_micro_h=2_000_000, supports=frozenset({"image", "command", "ports", "exec", "logs", "stop"}), availability="high",
+        vram_gb=80, stopped_micro_h=100_000,
+    ),
+    base.ProviderOffer(
+        provider_offer_id="h100-2", gpu="H100 SXM", gpu_count=1, vcpus=16, ram_gb=128, disk_gb=500, region="us-1", country="US",
+        price_micro_h=2_500_000, supports=frozenset({"image", "command", "ports", "exec", "logs", "stop"}), availability="low",
+        vram_gb=80, stopped_micro_h=100_000,
+    ),
+    base.ProviderOffer(
+        provider_offer_id="a100-8", gpu="A100_80GB", gpu_count=8, vcpus=64, ram_gb=1024, disk_gb=2000, region="us-1", country="US",
+        price_micro_h=12_000_000, supports=frozenset({"image", "command", "ports", "exec", "logs", "stop"}), availability="high",
+        stopped_micro_h=400_000, min_billing_s=60, increment_s=60,
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class Rented:
+    """An instance at the simulator, and when it ran."""
+
+    id: str
+    ref: str
+    offer: base.ProviderOffer
+    life: base.Life
+    born_at: float
+    runs: list[list[float]] = field(default_factory=list)
+    exit_code: int | None = None
+    gone_at: float | None = None
+
+    def ran_seconds(self, now: float) -> float:
+        """The provider's own bill: seconds that it ran."""
+        return sum((run[1] if len(run) > 1 else now) - run[0] for run in self.runs)
+
+
+class Simulated(base.Provider):
+    """One account at the simulated provider. Set the attributes to make it misbehave."""
+
+    name = "simulated"
+    capabilities: ClassVar[base.Capabilities] = base.Capabilities(
+        kind="container",
+        supports=frozenset({"image", "command", "ports", "exec", "logs", "stop"}),
+        stopped_billing="storage",
+        boot_seconds=30,
+        boot_limit_seconds=600,
+        bills_boot=False,
+        termination_allowance_seconds=120,
+        visibility_lag_seconds=60,
+        create_limit_seconds=5,
+        call_limit_seconds=5,
+    )
+
+    def __init__(self) -> None:
+        self.offers: Sequence[base.ProviderOffer] = OFFERS
+        self.rented: dict[str, Rented] = {}
+        self.identity = "account-1"
+        self.shift = timedelta()
+        self.boots_at_once = True
+        self.listing: list[base.Instance] | Exception | None = None
+        """A listing to answer with instead of the truth."""
+        self.fail: dict[str, list[Exception | str]] = {}
+        """By operation: what the next calls do. An exception is raised before anything happens, 'after' and 'hang' happen
+        and then fail."""
+        self.calls: list[tuple[str, str]] = []
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        return cls()
+
+    def now(self) -> float:
+        return time.time() + self.shift.total_seconds()
+
+    async def _begin(self, operation: str, subject: str) -> str | None:
+        self.calls.append((operation, subject))
+        planned = self.fail.get(operation)
+        if not planned:
+            return None
+        what = planned.pop(0)
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+    async def _end(self, fault: str | None) -> None:
+        if fault == "after":
+            raise AmbiguousOutcome("http_500", "the answer was a 500")
+        if fault == "hang":
+            await asyncio.sleep(3600)
+
+    async def account(self) -> str:
+        return self.identity
+
+    async def list_offers(self) -> Sequence[base.ProviderOffer]:
+        await self._begin("list_offers", "")
+        return self.offers
+
+    async def create(self, spec: base.Spec, offer: base.ProviderOffer, ref: str) -> base.Created:
+        fault = await self._begin("create", ref)
+        if fault == "no_capacity":
+            raise Rejected("no_capacity", "there is none")
+        number = len(self.rented) + 1
+        made = Rented(f"i-{number}", ref, offer, "starting", self.now())
+        self.rented[made.id] = made
+        if self.boots_at_once:
+            self.run(made.id)
+        await self._end(fault)
+        return base.Created(made.id)
+
+    async def find_by_ref(self, ref: str) -> Sequence[base.Instance]:
+        await self._begin("find_by_ref", ref)
+        return [self.see(r) for r in self.rented.values() if r.ref == ref and r.gone_at is None]
+
+    async def list_managed(self, owner: str) -> Sequence[base.Instance]:
+        await self._begin("list_managed", owner)
+        if isinstance(self.listing, Exception):
+            raise self.listing
+        if self.listing is not None:
+            return self.listing
+        return [self.see(r) for r in self.rented.values() if r.gone_at is None]
+
+    async def get(self, instance_id: str) -> base.Instance:
+        await self._begin("get", instance_id)
+        rented = self.rented.get(instance_id)
+        if rented is None or rented.gone_at is not None:
+            raise InstanceNotFound("not_found", instance_id)
+        return self.see(rented)
+
+    async def terminate(self, instance_id: str) -> None:
+        fault = await self._begin("terminate", instance_id)
+        self.end(instance_id)
+        await self._end(fault)
+
+    async def stop(self, instance_id: str) -> None:
+        fault = await self._begin("stop", instance_id)
+        self.halt(instance_id)
+        await self._end(fault)
+
+    async def start(self, instance_id: str) -> None:
+        fault = await self._begin("start", instance_id)
+        self.run(instance_id)
+        await self._end(fault)
+
+    async def restart(self, instance_id: str) -> None:
+        fault = await self._begin("restart", instance_id)
+        await self._end(fault)
+
+    async def logs(self, instance_id: str, *, after: int | None, since: datetime | None, limit: int) -> base.LogPage:
+        await self._begin("logs", instance_id)
+        text = b"line 1\nline 2\n"
+        return base.LogPage(after or 0, text[after or 0 :])
+
+    async def exec(
+        self, instance_id: str, command: Sequence[str], *, stdin: bytes | None, timeout_seconds: int
+    ) -> base.ExecResult:
+        await self._begin("exec", instance_id)
+        return base.ExecResult(0, " ".join(command).encode() + (stdin or b""), b"", False, 3)
+
+    # What happens at the provider without being asked
+
+    def run(self, instance_id: str) -> None:
+        rented = self.rented[instance_id]
+        if rented.gone_at is None and rented.life != "running":
+            rented.life, rented.exit_code = "running", None
+            rented.runs.append([self.now()])
+
+    def halt(self, instance_id: str, exit_code: int | None = None, life: base.Life = "stopped") -> None:
+        rented = self.rented[instance_id]
+        if rented.life == "running":
+            rented.runs[-1].append(self.now())
+        rented.life, rented.exit_code = life, exit_code
+
+    def end(self, instance_id: str) -> None:
+        rented = self.rented.get(instance_id)
+        if rented is None or rented.gone_at is not None:
+            raise InstanceNotFound("not_found", instance_id)
+        if rented.life == "running":
+            rented.runs[-1].append(self.now())
+        rented.life, rented.gone_at = "gone", self.now()
+
+    def see(self, rented: Rented) -> base.Instance:
+        """What the provider says of an instance; its times are its own."""
+        billing: base.Billing = {"running": "full", "stopped": "storage"}.get(rented.life, "none")  # type: ignore[assignment]
+        started = datetime.fromtimestamp(rented.runs[-1][0], UTC) if rented.runs else None
+        ended = datetime.fromtimestamp(rented.runs[-1][1], UTC) if rented.runs and len(rented.runs[-1]) > 1 else None
+        return base.Instance(
+            id=rented.id, ref=rented.ref, status=rented.life.upper(), life=rented.life, billing=billing, started_at=started,
+            ended_at=ended, exit_code=rented.exit_code,
+        )  # fmt: skip
+
+    def alive(self) -> list[str]:
+        """What the provider still has, and bills."""
+        return [r.id for r in self.rented.values() if r.gone_at is None]
+
+
+class Final(Simulated):
+    """A provider whose terminal answer proves the end, as the operator's own machine and cluster are."""
+
+    capabilities: ClassVar[base.Capabilities] = replace(
+        Simulated.capabilities, terminal_is_final=True, visibility_lag_seconds=0, termination_allowance_seconds=10,
+        moves_hard_stop=True, lookup_seconds=(0, 1),
+    )  # fmt: skip
+
+    async def get(self, instance_id: str) -> base.Instance:
+        await self._begin("get", instance_id)
+        rented = self.rented.get(instance_id)
+        if rented is None:
+            raise InstanceNotFound("not_found", instance_id)
+        seen = self.see(rented)
+        if rented.gone_at is not None:
+            return replace(seen, life="gone", billing="none", ended_at=datetime.fromtimestamp(rented.gone_at, UTC))
+        return seen
+
+    async def extend(self, instance_id: str, hard_stop_at: datetime) -> None:
+        await self._begin("extend", instance_id)
+
+
+class Broken(ProviderError):
+    """A fault of the simulated provider: nobody can read its answer."""
