@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_DATA: Final = Path(".gpubroker")
 
 
-def _usd(text: str) -> int:
+def _read_usd(text: str) -> int:
     try:
         return parse_usd(text)
     except ValueError as error:
@@ -39,9 +39,7 @@ def _usd(text: str) -> int:
 def bootstrap(
     data: Data = DEFAULT_DATA,
     org: Annotated[str, typer.Option(help="The organisation's name.")] = "default",
-    budget_usd: Annotated[
-        int, typer.Option(parser=_usd, metavar="USD", help="What it may spend in a period.")
-    ] = 100_000_000,
+    budget_usd: Annotated[str, typer.Option(metavar="USD", help="What it may spend in a period.")] = "100",
     period: Annotated[Literal["total", "day", "month"], typer.Option(help="The budget's period.")] = "total",
     plan: Annotated[Literal["free", "pro", "enterprise"], typer.Option(help="Its rate limits.")] = "enterprise",
     new_key: Annotated[bool, typer.Option("--new-key", help="Issue a further key.")] = False,
@@ -50,7 +48,8 @@ def bootstrap(
     """Make an organisation with its root agent, a budget and a first key; again it changes nothing."""
     from gpubroker import accounts
 
-    made = accounts.bootstrap(_find_database(data), org, budget_usd, period, plan, new_key=new_key)
+    limit = _read_usd(budget_usd)
+    made = accounts.bootstrap(_find_database(data), org, limit, period, plan, new_key=new_key)
     if as_json:
         shown = {
             "created": made.created,
@@ -64,7 +63,7 @@ def bootstrap(
         return
     print(f"organisation {made.org_name} ({made.org_id}), root agent {made.agent_id}, owner {made.owner}")
     if made.created:
-        print(f"budget: {format_usd(budget_usd)} USD ({period})")
+        print(f"budget: {format_usd(limit)} USD ({period})")
     if made.key.key:
         print(f"key, shown once: {made.key.key}")
     else:

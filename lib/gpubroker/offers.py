@@ -196,7 +196,9 @@ async def _give_up(name: str, account_id: str, refresh_id: int, reason: str) -> 
 
 def describe(provider: Provider) -> dict[str, object]:
     """A provider's capabilities, as its account's row carries them."""
-    return asdict(provider.capabilities) | {"supports": sorted(provider.capabilities.supports)}
+    described: dict[str, object] = asdict(provider.capabilities)
+    described["supports"] = sorted(provider.capabilities.supports)
+    return described
 
 
 def _read_offer(offer: ProviderOffer) -> rows.NewOffer | None:

@@ -44,6 +44,7 @@ class Step(Enum):
     """What is due for a pod."""
 
     REST = auto()
+    EXPIRE = auto()
     WAIT = auto()
     DOUBT = auto()
     LOOK_UP = auto()
@@ -88,6 +89,8 @@ class Work:
 def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one state of affairs
     """The step that is due. A pure rule over rows: who asked for it, or in which order things came, plays no part."""
     pod, attempt, instance = work.pod, work.attempt, work.instance
+    if pod.wanted != "gone" and pod.now >= pod.ends_at:
+        return Step.EXPIRE
     if attempt is not None and attempt.state == "open":
         return Step.WAIT if pod.now < attempt.over_at else Step.DOUBT
     if attempt is not None and attempt.state == "ambiguous":
@@ -140,6 +143,7 @@ class Driver:
         self._adapters = adapters
         self._steps: dict[Step, Callable[[Work], Awaitable[None]]] = {
             Step.REST: self._rest,
+            Step.EXPIRE: self._expire,
             Step.WAIT: self._wait,
             Step.DOUBT: self._doubt,
             Step.LOOK_UP: self._look_up,
@@ -192,6 +196,9 @@ class Driver:
 
     async def _rest(self, work: Work) -> None:
         await _conclude(work, None)
+
+    async def _expire(self, work: Work) -> None:
+        await expire(work.pod.id)
 
     async def _wait(self, work: Work) -> None:
         """Another driver may be in the middle of the create: nothing is known before its time is over."""
@@ -502,7 +509,22 @@ def _due(work: Work, pod: PodRow, due_at: datetime | None) -> PodRow:
         return pod
     if pod.wanted_at != work.pod.wanted_at or pod.restart_requested_at != work.pod.restart_requested_at:
         return replace(pod, due_at=pod.now)
+    if due_at is None and pod.wanted != "gone":  # nothing is to be done before its end
+        return replace(pod, due_at=pod.ends_at)
     return replace(pod, due_at=due_at)
+
+
+async def expire(pod_id: str) -> bool:
+    """Want the end of a pod whose time is over: the database alone decides that. False when it is not, or was wanted."""
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, pod_id)
+        if pod.wanted == "gone" or pod.ends_at > pod.now:
+            return False
+        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at)
+        await sightings.announce(
+            tx, replace(pod, state="terminating", version=pod.version + 1, ends_because="lifetime")
+        )
+        return True
 
 
 async def _conclude(work: Work, due_at: datetime | None) -> None:
@@ -660,7 +682,9 @@ async def _refuse_start(work: Work, rejection: errors.Rejected) -> None:
             await rows.wake_pod(tx.conn, pod.id)
             return
         reason = f"it could not be started: {rejection.code}"
-        stopped = replace(pod, state="stopped", state_reason=reason, wanted="stopped", wanted_at=pod.now, due_at=None)
+        stopped = replace(
+            pod, state="stopped", state_reason=reason, wanted="stopped", wanted_at=pod.now, due_at=pod.ends_at
+        )
         await sightings.save(tx, pod, stopped)
 
 

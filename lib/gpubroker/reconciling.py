@@ -10,15 +10,13 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Final
 
-from gpubroker import config, errors, metering, outbox, sightings, store
-from gpubroker.events import PodData
+from gpubroker import config, errors, metering, outbox, provisioning, store
 from gpubroker.providers import registry
 from gpubroker.providers.registry import Adapters
 from gpubroker.provisioning import Driver
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
 from gpubroker.store import money as money_rows
-from gpubroker.store import pods as pod_rows
 from gpubroker.sweep import sweep
 
 log = logging.getLogger("gpubroker.reconcile")
@@ -51,16 +49,7 @@ async def expire() -> None:
     async with store.worker() as tx:
         expired = await rows.list_expired(tx.conn, _BATCH)
     for pod_id in expired:
-        async with store.worker() as tx:
-            pod = await rows.lock_pod(tx.conn, pod_id)
-            if pod.wanted == "gone" or pod.ends_at > pod.now:
-                continue
-            await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at)
-            data = PodData(
-                pod_id=pod.id, agent_id=pod.agent_id, state="terminating", version=pod.version + 1, name=pod.name,
-                ends_because="lifetime",
-            )  # fmt: skip
-            await outbox.write(tx, "pod.terminating", pod.id, data, tenant=pod.org_id, agent_id=pod.agent_id)
+        await provisioning.expire(pod_id)
 
 
 async def drive_due(driver: Driver) -> None:

@@ -224,7 +224,7 @@ async def announce(tx: store.Transaction, pod: PodRow) -> None:
 
 async def _take_terminal(scene: Scene, seen: base.Instance, moment: datetime) -> Scene:
     if scene.capabilities.get("terminal_is_final"):
-        evidence = {"kind": "final", "status": seen.status, "ended_at": moment.isoformat()}
+        evidence = {"kind": "final", "said": seen.status, "ended_at": moment.isoformat()}
         return await finish_instance(scene, moment, evidence)
     return await take_absence(scene, f"status {seen.status}", None if seen.ended_at is None else moment)
 
@@ -261,7 +261,8 @@ async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[st
         return replace(scene, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
     after = replace(pod, billing="none", due_at=pod.now)
     if pod.wanted != "gone":
-        after = replace(after, state="interrupted", state_reason="the provider ended it", wanted="stopped", due_at=None)
+        after = replace(after, state="interrupted", state_reason="the provider ended it", wanted="stopped")
+        after = replace(after, due_at=pod.ends_at)
     after = await save(tx, pod, after)
     return replace(scene, pod=after, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
 

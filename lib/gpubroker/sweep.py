@@ -208,7 +208,7 @@ async def _end_stray(listing: Listing, stray: InstanceRow) -> None:
         now = await rows.read_instant(tx.conn)
         if seen is not None and seen.life == "gone":
             ended = min(seen.ended_at or now, now)
-            await rows.mark_gone(tx.conn, fresh.id, ended, {"kind": "final", "status": seen.status})
+            await rows.mark_gone(tx.conn, fresh.id, ended, {"kind": "final", "said": seen.status})
             await money_rows.bill(tx.conn, fresh.id, ended)
         else:
             await rows.save_instance(

@@ -403,13 +403,17 @@ async def save_instance(conn: Connection, instance: InstanceRow) -> None:
 
 
 _MARK_GONE: Final = """
-UPDATE instance SET gone_at = instant(), ended_at = %(ended_at)s, gone_evidence = %(evidence)s, life = 'gone', endpoints = '[]'
+UPDATE instance SET gone_at = instant(), ended_at = %(ended_at)s, gone_evidence = %(evidence)s, life = 'gone', endpoints = '[]',
+       provider_status = coalesce(%(said)s, provider_status)
  WHERE id = %(id)s AND gone_at IS NULL"""
 
 
 async def mark_gone(conn: Connection, instance_id: str, ended_at: datetime, evidence: Mapping[str, object]) -> None:
     """The instance is gone, and this proves it."""
-    await conn.execute(_MARK_GONE, {"id": instance_id, "ended_at": ended_at, "evidence": Jsonb(dict(evidence))})
+    said = evidence.get("said")
+    await conn.execute(
+        _MARK_GONE, {"id": instance_id, "ended_at": ended_at, "evidence": Jsonb(dict(evidence)), "said": said}
+    )
 
 
 # Sweeps
