@@ -137,9 +137,12 @@ def doubled(least: int, most: int) -> list[int]:
 
 
 def share_of(machine: Machine, vcpus_milli: int, *, gpu_count: int = 0, gpu_model: str | None = None) -> Share:
-    """Memory and disk in proportion to the vCPUs; memory in steps of 10 MB, rounded down."""
+    """Memory and disk in proportion to the vCPUs; memory in steps of 10 MB, rounded down.
+
+    A fifth of the disk is in no size: what pods have written counts twice, as theirs and as no longer free.
+    """
     ram = machine.ram_bytes * vcpus_milli // machine.vcpus_milli // 10**7 * 10**7
-    disk = machine.disk_gb * vcpus_milli // machine.vcpus_milli
+    disk = machine.disk_gb * 4 * vcpus_milli // (5 * machine.vcpus_milli)
     return Share(vcpus_milli, ram, disk, gpu_count, gpu_model)
 
 

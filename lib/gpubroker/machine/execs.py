@@ -56,7 +56,7 @@ class _Stream:
 class Exec:
     """One command, from its start to its answer."""
 
-    def __init__(  # noqa: PLR0913, PLR0917 - it is what an exec is
+    def __init__(
         self, loop: Loop, tree: Tree, number: int, client: Client, stdin: bytes, timeout_seconds: float
     ) -> None:
         self.number, self.done = number, False

@@ -222,7 +222,10 @@ def give_birth(spec: PodSpec, *, hard_stop_at: float, ports: dict[str, int], gpu
 
 
 def prune(all_pods: str, *, now: float) -> None:
-    """Forget the tombstones that are older than a week."""
+    """Forget the tombstones that are older than a week, and entomb what a dead supervisor left to be. Under the lock."""
+    for ref in live(all_pods):
+        if state_of(all_pods, ref)[1].cleaned:
+            entomb(all_pods, ref)
     gone = os.path.join(all_pods, GONE)
     for name in os.listdir(gone):
         path = os.path.join(gone, name)
@@ -265,12 +268,10 @@ def delete_tree(top: str) -> None:
         os.rmdir(folder)
 
 
-def entomb(spec: PodSpec) -> None:
-    """Move the current folder to the tombstones. The last step: whoever looks finds it here or there."""
-    tomb = os.path.join(spec.all, GONE, spec.ref)
-    here = os.path.join(spec.all, spec.ref)
-    if os.path.isdir(here) and os.path.samefile(here, "."):
-        os.makedirs(os.path.join(spec.all, GONE), mode=0o700, exist_ok=True)
-        os.utime(".")
-        os.rename(here, tomb)
-        sync(spec.all)
+def entomb(all_pods: str, ref: str) -> None:
+    """Move a pod's folder to the tombstones, unless it is there. Whoever looks meanwhile finds it here or there."""
+    here = os.path.join(all_pods, ref)
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(here)
+        os.rename(here, os.path.join(all_pods, GONE, ref))
+        sync(all_pods)

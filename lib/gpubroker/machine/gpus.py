@@ -2,13 +2,14 @@
 
 import importlib
 import threading
-from typing import Any, Final
+from types import ModuleType
+from typing import Final
 
 from gpubroker.machine.capacity import Gpu
 
 _GIB: Final = 2**30
 _lock = threading.Lock()
-_state: dict[str, Any] = {}
+_state: dict[str, ModuleType] = {}
 
 
 def found() -> tuple[Gpu, ...]:
@@ -28,7 +29,7 @@ def found() -> tuple[Gpu, ...]:
             return ()
 
 
-def _describe(nvml: Any, place: int) -> Gpu:
+def _describe(nvml: ModuleType, place: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(place)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     texts = [nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)]
@@ -37,7 +38,7 @@ def _describe(nvml: Any, place: int) -> Gpu:
     return Gpu(uuid, model, -(-total // _GIB), used * 2 > total)
 
 
-def _forget(nvml: Any) -> None:
+def _forget(nvml: ModuleType) -> None:
     """The driver is not there, or was replaced under us: begin anew at the next question."""
     if _state.pop("nvml", None) is not None:
         try:

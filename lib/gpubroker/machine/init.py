@@ -4,8 +4,8 @@ In a PID namespace it is process 1, so its end is the end of all. Without one it
 orphaned below it. It lives exactly as long as its supervisor: the kernel kills it, or it sees the channel close.
 
 Over the channel go packets of JSON. To the supervisor: `{"born"}`, its number as the supervisor counts; `{"ready"}` or
-`{"unable"}`; `{"id", "pid", "error"}` when something executes or could not; `{"id", "code"}` when that ended, 128 + N by
-signal N. From it: `go`; `{"do": "spawn", "id"}` with four files (payload, stdin, stdout, stderr); `{"do": "signal",
+`{"unable"}`; `{"id", "pid", "error"}` when something executes or could not; `{"id", "code"}` when that ended, 128 + N
+by signal N. From it: `go`; `{"do": "spawn", "id"}` with four files (payload, stdin, stdout, stderr); `{"do": "signal",
 "id", "signal"}`; `{"do": "kill", "id"}`.
 """
 
@@ -125,7 +125,9 @@ class _First:
                 os.read(woken, _PACKET)
             self._reap()
             if self._channel.fileno() in ready:
-                packet, files, _, _ = socket.recv_fds(self._channel, _PACKET, _FILES, socket.MSG_CMSG_CLOEXEC)
+                packet, files, _, _ = socket.recv_fds(self._channel, _PACKET, _FILES)
+                for file in files:  # recv_fds ignores its flags
+                    os.set_inheritable(file, False)
                 if not packet:
                     self._end_everything()
                 self._obey(json.loads(packet), files)

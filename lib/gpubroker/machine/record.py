@@ -125,8 +125,8 @@ def read(folder: str) -> list[Event]:
 
 
 def append(folder: str, event: str, *, at: float, **more: object) -> Event:
-    """Write one event for good, and give it back."""
-    whole: Event = {"event": event, "at": at, **more}
+    """Write one event for good, and give it back. Times have whole microseconds."""
+    whole: Event = {"event": event, "at": round(at, 6), **more}
     file = os.open(os.path.join(folder, FILE), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         size = os.lseek(file, 0, os.SEEK_END)

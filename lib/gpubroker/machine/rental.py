@@ -138,7 +138,8 @@ def rent_out(terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref:
     """
     machine = look(terms, all_pods)
     ram = round(offer.ram_gb * GB)
-    share = Share(round(offer.vcpus * 1000), ram, spec.disk_gb, offer.gpu_count, offer.gpu)
+    disk = max(spec.disk_gb, offer.disk_base_gb)
+    share = Share(round(offer.vcpus * 1000), ram, disk, offer.gpu_count, offer.gpu)
     try:
         with folder.locked(all_pods, _LOCK_SECONDS):
             if folder.exists(all_pods, ref):

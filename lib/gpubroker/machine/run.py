@@ -36,6 +36,7 @@ class Run:
         self.tree = planted
         self._loop, self._spec, self._journal = loop, spec, journal
         self._kill_at, self._killing, self._pause = float("inf"), False, _FIRST_PAUSE
+        self._failed = False
         self._execs: dict[int, Exec] = {}
         self._numbers = tree.PROGRAM
         self._output, self._input = os.pipe2(os.O_CLOEXEC)
@@ -46,7 +47,7 @@ class Run:
     @property
     def is_ending(self) -> bool:
         """Whether somebody asked for its end, or the program has ended."""
-        return self._killing or self.ending is not None
+        return self._killing or self._failed or self.ending is not None
 
     def start_program(self, state: record.State) -> None:
         """Start the program and wait until it executes or cannot: a moment."""
@@ -117,7 +118,7 @@ class Run:
         elif message["id"] == tree.PROGRAM and "code" in message:
             self.code, self._killing = message["code"], True
         elif message["id"] == tree.PROGRAM and message["error"]:
-            self._killing = True  # its code is the next message, and is heard at the latest in _close
+            self._failed = True  # its code is the next message
         return True
 
     def _write_log(self) -> bool:

@@ -24,7 +24,7 @@ TOMB_LOG_BYTES: Final = 1 << 20
 KILLED_UNSEEN: Final = "its supervisor was killed"
 
 _IDLE_SECONDS, _SOON_SECONDS = 1.0, 0.01
-_LOCK_SECONDS: Final = 2.0
+_LOCK_SECONDS: Final = 1.0
 _GRANT_SECONDS: Final = 10.0
 _TRIES: Final = 50
 _SETTLED: Final = frozenset({"running", "stopped", "gone"})
@@ -46,7 +46,7 @@ def main(place: str) -> None:
         return
     spec, events = folder.read_spec("."), record.read(".")
     if record.fold(events).cleaned:
-        folder.entomb(spec)
+        folder.entomb(spec.all, spec.ref)
         return
     kernel.adopt_orphans()
     Supervisor(spec, events, own).run()
@@ -96,8 +96,10 @@ class Supervisor:
     def run(self) -> None:
         """Settle what the last supervisor left, then serve until the pod is gone."""
         self._recover()
+        pause = self._tick()
         while not self._over:
-            self._loop.turn(self._tick())
+            self._loop.turn(pause)
+            pause = self._tick()
 
     # What happened: on disk first
 
@@ -143,6 +145,7 @@ class Supervisor:
             self._beat()
         if os.fstat(self._own).st_nlink == 0:  # somebody deleted the folder: end with it, there is no record to keep
             self._over = self._run is None or self._run.tree.destroy()
+            self._remove_groups(tries=1 + _TRIES * self._over)
             return _SOON_SECONDS
         if time.time() >= self._state.hard_stop_at and self._state.life not in _ENDED:
             self._end("terminated", reason="its hard stop was due")
@@ -230,8 +233,8 @@ class Supervisor:
             case _:
                 self._note("exited", exit_code=ended.code, reason=reason)
 
-    def _remove_groups(self) -> None:
-        for _ in range(_TRIES):  # the kernel takes a moment to count its dead
+    def _remove_groups(self, tries: int = _TRIES) -> None:
+        for _ in range(tries):  # the kernel takes a moment to count its dead
             if cgroup.remove(self._state.cgroups):
                 return
             time.sleep(_SOON_SECONDS)
@@ -259,7 +262,7 @@ class Supervisor:
         self._journal.keep(TOMB_LOG_BYTES)
         self._remove_groups()
         self._note("cleaned", reason=failed)
-        folder.entomb(self._spec)
+        folder.entomb(self._spec.all, self._spec.ref)
         self._answer_waiting()
         self._over = True
 

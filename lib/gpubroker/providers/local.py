@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar
 
 from gpubroker.config import Settings
-from gpubroker.errors import AmbiguousOutcome, InstanceNotFound, ProviderError, Rejected, SetupError
+from gpubroker.errors import AmbiguousOutcome, InstanceNotFound, ProviderError, Rejected, SetupError, Throttled
 from gpubroker.machine import capacity, control, folder, journal, record, rental
 from gpubroker.providers.base import (
     Availability,
@@ -194,15 +194,17 @@ class Local(Provider):
         """Nothing is held open; pods stay under their supervisors."""
         control.reap()
 
-    async def _look(self, ref: str, **request: Any) -> Instance:
-        answer = await self._ask(ref, **request)
+    async def _look(self, ref: str, *, limit_seconds: float, **request: object) -> Instance:
+        answer = await self._ask(ref, limit_seconds=limit_seconds, **request)
         spec = folder.read_spec(folder.find(self.pods, ref))
         return _instance(spec, record.State(**answer["state"]))
 
-    async def _ask(self, ref: str, *, limit_seconds: float, **request: Any) -> dict[str, Any]:
+    async def _ask(self, ref: str, *, limit_seconds: float, **request: object) -> dict[str, Any]:
         try:
             return await control.ask(self.pods, ref, limit_seconds=limit_seconds, **request)
         except control.Refused as refused:
+            if refused.code in {"busy", "too_many"}:
+                raise Throttled(refused.code, refused.detail, wait=1.0) from None
             raise Rejected(refused.code, refused.detail, try_next_offer=refused.code == "no_capacity") from None
         except control.Silent as silent:
             raise ProviderError("supervisor_silent", str(silent)) from None
