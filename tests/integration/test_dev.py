@@ -328,7 +328,7 @@ def test_wrong_set_ups_are_one_line(tmp_path: Path) -> None:
     assert "database cannot be reached" in line
     assert "secret" not in line
     assert "GPUBROKER_TICK_SECONDS must be" in refusal(tmp_path / "b", GPUBROKER_TICK_SECONDS="often")
-    assert "GPUBROKER_OWNER must be" in refusal(tmp_path / "c", GPUBROKER_OWNER="no")
+    assert "GPUBROKER_LOCAL_VCPUS must be" in refusal(tmp_path / "c", GPUBROKER_LOCAL_VCPUS="many")
     (tmp_path / "file").touch()
     assert "cannot make the folder" in refusal(tmp_path / "file/data")
     if os.geteuid() == 0 and shutil.which("setpriv"):

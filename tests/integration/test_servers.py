@@ -168,7 +168,7 @@ def test_what_a_killed_server_left_is_cleared(tmp_path: Path) -> None:
         pass
     # The pid of a process that is alive and no PostgreSQL: PostgreSQL itself would refuse to start.
     (folder / "data/postmaster.pid").write_text(f"{os.getpid()}\n{folder}/data\n1\n1\n\n127.0.0.1\n1 1\nready\n")
-    (folder / "data.new").mkdir()
+    (folder / "data.new-1").mkdir()
     with Postgres(folder, durable=False) as postgres:
         assert query(postgres.url) == 1
 

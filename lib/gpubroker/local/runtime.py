@@ -23,6 +23,7 @@ from gpubroker.local.schedule import Schedule
 from gpubroker.local.servers import Server
 from gpubroker.local.triggers import Destination
 from gpubroker.providers.base import Instance
+from gpubroker.providers.registry import enabled
 
 _HEALTHY_SECONDS: Final = 30.0
 _FIRST_TICK_SECONDS: Final = 10.0
@@ -115,6 +116,8 @@ class Runtime:
         internal_url = f"http://127.0.0.1:{internal.getsockname()[1]}"
         settings = self._installation.compose(self._url, f"{internal_url}/broker")
         config.use(settings)
+        for name in enabled(settings):
+            adapters.mine().get(name)  # a setting that is wrong shall be said now
         began = time.monotonic()
         apps = gateway.load({function.name: bundle.source(function.name) for function in bundle.FUNCTIONS})
         say(f"{len(apps)} functions: {time.monotonic() - began:.1f} s")

@@ -180,10 +180,13 @@ class Postgres(Server):
         self._launch((*prefix, *server), port, cwd=self.folder)
 
     def _create(self, prefix: tuple[str, ...], owner: int, binaries: Path) -> None:
-        """Make the data beside their place and move them there once they are whole."""
-        for left in self.folder.glob("data.new*"):
-            shutil.rmtree(left)
-        made = self.folder / "data.new"
+        """Make the data beside their place and move them there once they are whole.
+
+        Under a name of its own: an initdb whose parent was killed a moment ago may still be at work here.
+        """
+        for left in self.folder.glob("data.new-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        made = self.folder / f"data.new-{secrets.token_hex(4)}"
         made.mkdir(mode=0o700)
         self._password_file.touch(0o600)
         self._password_file.write_text(secrets.token_hex(24) + "\n")
