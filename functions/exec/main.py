@@ -2,28 +2,28 @@
 
 import functions_framework.aio
 from starlette.requests import Request
-from starlette.responses import Response
 
 from gpubroker import adapters, web
 from gpubroker import terminals as domain
+from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import ExecAnswer
 
 api = web.Api("exec")
 
 
 @api.operation("GET", "/v1/logs/{pod_id}", scope="pods:read", query=domain.LogQuery, answers={200: str})
-async def read_log(call: web.Call[web.Nothing, domain.LogQuery]) -> Response:
+async def read_log(call: web.Call[Nothing, domain.LogQuery]) -> web.Handled:
     """Read a pod's log, or follow it as server-sent events."""
     async with call.transaction() as tx:
         target = await domain.find_target(tx, call.path("pod_id"), "logs")
     resume = call.request.headers.get("last-event-id")
     if call.query.follow:
-        return await domain.follow_log(adapters.mine(), target, call.query, resume)
-    return await domain.read_log(adapters.mine(), target, call.query)
+        return web.stream_events(await domain.follow_log(adapters.mine(), target, call.query, resume))
+    return web.show_text(await domain.read_log(adapters.mine(), target, call.query))
 
 
 @api.operation("POST", "/v1/exec/{pod_id}", scope="pods:exec", body=domain.ExecRequest, answers={200: ExecAnswer})
-async def execute(call: web.Call[domain.ExecRequest, web.NoQuery]) -> web.Answer:
+async def execute(call: web.Call[domain.ExecRequest, NoQuery]) -> web.Answer:
     """Run a command in a running pod and wait for its end."""
     async with call.transaction() as tx:
         target = await domain.find_target(tx, call.path("pod_id"), "exec")

@@ -8,8 +8,9 @@ import functions_framework.aio
 from pydantic import BeforeValidator
 from starlette.requests import Request
 
-from gpubroker import idempotency, web
+from gpubroker import idempotency, paging, web
 from gpubroker import pods as domain
+from gpubroker.inputs import Nothing
 from gpubroker.resources import Page, Pod, State
 from gpubroker.store import pods as rows
 from gpubroker.times import parse_time
@@ -23,7 +24,7 @@ class CreateQuery(domain.WaitQuery):
     duplicate: domain.Duplicate = "refuse"
 
 
-class ListQuery(web.Paged):
+class ListQuery(paging.Paged):
     """Which pods to list."""
 
     state: list[State] | None = None
@@ -32,7 +33,7 @@ class ListQuery(web.Paged):
     created_after: Annotated[datetime, BeforeValidator(parse_time)] | None = None
 
 
-Action = web.Call[web.Nothing, domain.WaitQuery]
+Action = web.Call[Nothing, domain.WaitQuery]
 
 
 @api.operation(
@@ -51,16 +52,16 @@ async def create_pod(call: web.Call[domain.PodRequest, CreateQuery]) -> web.Answ
 
 
 @api.operation("GET", "/v1/pods", scope="pods:read", query=ListQuery, answers={200: Page[Pod]})
-async def list_pods(call: web.Call[web.Nothing, ListQuery]) -> web.Answer:
+async def list_pods(call: web.Call[Nothing, ListQuery]) -> web.Answer:
     """List pods of the calling agent and of all below it, the newest first."""
     query = call.query
-    before = web.read_cursor(query.cursor, str)
+    before = paging.read_cursor(query.cursor, str)
     async with call.transaction() as tx:
         which = rows.Selection(
             tx.known.agent_id, query.state, query.agent_id, domain.read_labels(query.label), query.created_after
         )
         found = await rows.list_pods(tx.conn, which, before[0] if before else None, query.limit + 1)
-    shown, cursor = web.cut_page(found, query.limit)
+    shown, cursor = paging.cut_page(found, query.limit)
     return web.Answer(Page[Pod](items=[domain.present(pod) for pod in shown], next_cursor=cursor))
 
 

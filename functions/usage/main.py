@@ -3,8 +3,9 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import budgets, web
+from gpubroker import budgets, paging, web
 from gpubroker import usage as domain
+from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import Budget, BudgetRequest, Page, Usage, UsageRecord
 from gpubroker.store import money as rows
 
@@ -12,7 +13,7 @@ api = web.Api("usage")
 
 
 @api.operation("GET", "/v1/usage", scope="usage:read", query=domain.UsageQuery, answers={200: Usage})
-async def sum_usage(call: web.Call[web.Nothing, domain.UsageQuery]) -> web.Answer:
+async def sum_usage(call: web.Call[Nothing, domain.UsageQuery]) -> web.Answer:
     """Sum what the subtree used, by group."""
     async with call.transaction() as tx:
         return web.Answer(await domain.sum_usage(tx, call.query))
@@ -21,25 +22,25 @@ async def sum_usage(call: web.Call[web.Nothing, domain.UsageQuery]) -> web.Answe
 @api.operation(
     "GET", "/v1/usage/records", scope="usage:read", query=domain.RecordsQuery, answers={200: Page[UsageRecord]}
 )
-async def list_records(call: web.Call[web.Nothing, domain.RecordsQuery]) -> web.Answer:
+async def list_records(call: web.Call[Nothing, domain.RecordsQuery]) -> web.Answer:
     """List the intervals that were charged, in the order in which they were billed."""
     async with call.transaction() as tx:
         return web.Answer(await domain.list_records(tx, call.query))
 
 
-@api.operation("GET", "/v1/budgets", scope="usage:read", query=web.Paged, answers={200: Page[Budget]})
-async def list_budgets(call: web.Call[web.Nothing, web.Paged]) -> web.Answer:
+@api.operation("GET", "/v1/budgets", scope="usage:read", query=paging.Paged, answers={200: Page[Budget]})
+async def list_budgets(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
     """List the budgets of the calling agent and of all below it."""
-    after = web.read_cursor(call.query.cursor, str)
+    after = paging.read_cursor(call.query.cursor, str)
     limit = call.query.limit
     async with call.transaction() as tx:
         found = await rows.list_budgets(tx.conn, tx.known.agent_id, after=after[0] if after else None, limit=limit + 1)
-    cursor = web.write_cursor(found[limit - 1].agent_id) if len(found) > limit else None
+    cursor = paging.write_cursor(found[limit - 1].agent_id) if len(found) > limit else None
     return web.Answer(Page[Budget](items=found[:limit], next_cursor=cursor))
 
 
 @api.operation("PUT", "/v1/budgets/{agent_id}", scope="budgets:write", body=BudgetRequest, answers={200: Budget})
-async def set_budget(call: web.Call[BudgetRequest, web.NoQuery]) -> web.Answer:
+async def set_budget(call: web.Call[BudgetRequest, NoQuery]) -> web.Answer:
     """Set the limit of an agent below the caller, or lower the caller's own."""
     async with call.transaction() as tx:
         return web.Answer(await budgets.set_budget(tx, call.path("agent_id"), call.body))

@@ -55,7 +55,9 @@ def format_usd(micro: int) -> str:
 
 
 def _read(value: object) -> int:
-    """Rows hold micro-USD already; requests hold USD and come through `InUsd` instead."""
+    """A row holds micro-USD, an integer; an answer that a client reads holds USD, a text."""
+    if isinstance(value, str):
+        return -parse_usd(value[1:]) if value.startswith("-") else parse_usd(value)
     if isinstance(value, bool) or not isinstance(value, int):
         msg = "micro-USD are integers"
         raise ValueError(msg)  # noqa: TRY004 - as above

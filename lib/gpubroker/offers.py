@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from gpubroker import errors, gpus, outbox, store, web
+from gpubroker import errors, gpus, inputs, outbox, paging, store
 from gpubroker.events import OffersData, ProviderData
 from gpubroker.money import LARGEST, InUsd
 from gpubroker.providers.base import Provider, ProviderOffer
@@ -53,8 +53,8 @@ Texts = Annotated[
     BeforeValidator(_split),
     Field(min_length=1, max_length=32),
 ]
-Count = Annotated[int, web.Whole, Field(ge=0, le=4096)]
-Size = Annotated[int, web.Whole, Field(ge=0, le=10**7)]
+Count = Annotated[int, inputs.Whole, Field(ge=0, le=4096)]
+Size = Annotated[int, inputs.Whole, Field(ge=0, le=10**7)]
 Number = Annotated[float, BeforeValidator(_number), Field(ge=0, le=10**7, allow_inf_nan=False)]
 
 
@@ -71,7 +71,7 @@ class Filters(BaseModel):
     provider: Texts | None = None
     region: Annotated[str, Field(min_length=1, max_length=80)] | None = Field(default=None, description="With * and ?.")
     country: Annotated[str, Field(pattern=r"^[A-Za-z]{2}$"), AfterValidator(_upper)] | None = None
-    spot: Annotated[bool, web.Flag] | None = None
+    spot: Annotated[bool, inputs.Flag] | None = None
     max_price_usd_per_hour: InUsd | None = None
     max_price_usd_per_gpu_hour: InUsd | None = None
     supports: Annotated[list[Support], BeforeValidator(_split)] | None = None
@@ -89,18 +89,18 @@ Sort = Literal[
 ]  # fmt: skip
 
 
-class Search(Filters, web.Paged):
+class Search(Filters, paging.Paged):
     """A search of offers."""
 
-    available: Annotated[bool, web.Flag] = Field(default=True, description="false: those not to be had now as well.")
+    available: Annotated[bool, inputs.Flag] = Field(default=True, description="false: those not to be had now as well.")
     sort: Sort = "price"
 
 
 async def search_offers(tx: store.Transaction, search: Search) -> Page[Offer]:
     """A page of offers. Raises Invalid for an unknown GPU model or a cursor of another search."""
-    after = web.read_cursor(search.cursor, str, int, str)
+    after = paging.read_cursor(search.cursor, str, int, str)
     if after is not None and after[0] != search.sort:
-        raise web.invalid("?cursor", "belongs to a search with another sort")
+        raise inputs.invalid("?cursor", "belongs to a search with another sort")
     question = rows.Question(
         filters=read_filters(search, "?"),
         sort=search.sort.removeprefix("-"),
@@ -113,7 +113,7 @@ async def search_offers(tx: store.Transaction, search: Search) -> Page[Offer]:
     found = await rows.search(tx.conn, question)
     shown = found[: search.limit]
     more = len(found) > search.limit
-    cursor = web.write_cursor(search.sort, shown[-1][0], shown[-1][1].id) if more else None
+    cursor = paging.write_cursor(search.sort, shown[-1][0], shown[-1][1].id) if more else None
     return Page[Offer](items=[offer for _, offer in shown], next_cursor=cursor)
 
 
@@ -141,7 +141,7 @@ def _ask_models(texts: list[str], root: str) -> list[str]:
     for text in texts:
         names = gpus.ask(text)
         if not names:
-            raise web.invalid(f"{root}gpu", f"{text!r} is no GPU model known here", did_you_mean=gpus.nearest(text))
+            raise inputs.invalid(f"{root}gpu", f"{text!r} is no GPU model known here", did_you_mean=gpus.nearest(text))
         wanted |= dict.fromkeys(names)
     return list(wanted)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import psycopg
 from pydantic import AfterValidator, Field
 
-from gpubroker import budgets, errors, idempotency, offers, outbox, sealing, store, web
+from gpubroker import budgets, errors, idempotency, inputs, offers, outbox, sealing, store
 from gpubroker.events import ActionData, PodData
 from gpubroker.ids import new_id
 from gpubroker.money import HOUR, InUsd, cost, format_usd
@@ -107,12 +107,12 @@ class ExtendRequest(Input):
     budget_usd: InUsd | None = None
 
 
-class WaitQuery(web.Query):
+class WaitQuery(inputs.Query):
     """How long to wait for the pod to change before answering."""
 
-    wait: Annotated[int, web.Whole, Field(ge=0, le=60)] = 0
+    wait: Annotated[int, inputs.Whole, Field(ge=0, le=60)] = 0
     until: Literal["running", "settled", "change"] = "settled"
-    after_version: Annotated[int, web.Whole, Field(ge=0)] | None = None
+    after_version: Annotated[int, inputs.Whole, Field(ge=0)] | None = None
 
 
 Duplicate = Literal["allow", "refuse"]
@@ -127,7 +127,7 @@ def read_labels(pairs: Sequence[str] | None) -> dict[str, str] | None:
     for pair in pairs:
         key, _, value = pair.partition("=")
         if labels.setdefault(key, value) != value:
-            raise web.invalid("?label", f"asks for two values of {key}")
+            raise inputs.invalid("?label", f"asks for two values of {key}")
     return labels
 
 
@@ -197,9 +197,9 @@ async def plan_pod(tx: store.Transaction, request: PodRequest) -> Plan:
 
 async def _choose_offers(tx: store.Transaction, request: PodRequest) -> list[Candidate]:
     if (request.requirements is None) == (request.offer_id is None):
-        raise web.invalid("/requirements", "exactly one of requirements and offer_id is needed")
+        raise inputs.invalid("/requirements", "exactly one of requirements and offer_id is needed")
     if request.image is None and request.command is None:
-        raise web.invalid("/command", "an image or a command is needed")
+        raise inputs.invalid("/command", "an image or a command is needed")
     needs = _find_needs(request)
     if request.offer_id is not None:
         return [await _take_offer(tx, request, request.offer_id, needs)]
@@ -218,7 +218,7 @@ async def _choose_offers(tx: store.Transaction, request: PodRequest) -> list[Can
 async def _take_offer(tx: store.Transaction, request: PodRequest, offer_id: str, needs: set[str]) -> Candidate:
     found = await offer_rows.list_candidates(tx.conn, {}, request.disk_gb or 0, 1, offer_id=offer_id)
     if not found:
-        raise web.invalid("/offer_id", "is no offer that there is now")
+        raise inputs.invalid("/offer_id", "is no offer that there is now")
     lacking = sorted(needs - set(found[0].supports))
     if lacking:
         why = " (containers come with the cluster)" if found[0].provider == "local" and "image" in lacking else ""
@@ -227,7 +227,7 @@ async def _take_offer(tx: store.Transaction, request: PodRequest, offer_id: str,
             msg, more={"errors": [{"pointer": "/offer_id", "message": f"lacks {name}"} for name in lacking]}
         )
     if (request.disk_gb or 0) > found[0].disk_gb:
-        raise web.invalid("/disk_gb", f"this offer has at most {found[0].disk_gb}")
+        raise inputs.invalid("/disk_gb", f"this offer has at most {found[0].disk_gb}")
     return found[0]
 
 
@@ -336,7 +336,7 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
     _refuse_ancestor(tx.known, pod, "extend")
     _refuse_action(pod, "extend")
     if request.max_lifetime_seconds is None and request.budget_usd is None:
-        raise web.invalid("/max_lifetime_seconds", "max_lifetime_seconds or budget_usd is needed")
+        raise inputs.invalid("/max_lifetime_seconds", "max_lifetime_seconds or budget_usd is needed")
     candidate = _read_candidate(pod)
     holds, held = await rows.sum_holds(tx.conn, pod_id)
     life, budget = _new_totals(pod, request, candidate)
@@ -374,9 +374,9 @@ def _new_totals(pod: rows.PodView, request: ExtendRequest, candidate: Candidate)
     present = round((pod.ends_at - pod.created_at).total_seconds())
     budget = pod.budget_micro if request.budget_usd is None else request.budget_usd
     if request.max_lifetime_seconds is not None and request.max_lifetime_seconds < present:
-        raise web.invalid("/max_lifetime_seconds", f"is less than the present {present}: extend gives new totals")
+        raise inputs.invalid("/max_lifetime_seconds", f"is less than the present {present}: extend gives new totals")
     if request.budget_usd is not None and pod.budget_micro is not None and request.budget_usd < pod.budget_micro:
-        raise web.invalid(
+        raise inputs.invalid(
             "/budget_usd", f"is less than the present {format_usd(pod.budget_micro)}: extend gives new totals"
         )
     if request.max_lifetime_seconds is not None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from gpubroker.inputs import Input
 from gpubroker.money import InUsd, Usd
 from gpubroker.times import Moment
 
@@ -30,12 +31,6 @@ class Output(BaseModel):
     """A resource in an answer."""
 
     model_config = ConfigDict(frozen=True)
-
-
-class Input(BaseModel):
-    """A request body: exact types, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Page(Output, Generic[T]):

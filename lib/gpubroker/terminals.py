@@ -2,15 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
-from starlette.responses import Response, StreamingResponse
 
-from gpubroker import errors, pods, store, web
+from gpubroker import errors, inputs, pods, store
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
 from gpubroker.resources import ExecAnswer, Input
@@ -28,12 +27,12 @@ _EXEC_GRACE_SECONDS: Final = 10
 _LONGEST_LINE: Final = 64 * 1024
 
 
-class LogQuery(web.Query):
+class LogQuery(inputs.Query):
     """Which part of a log."""
 
-    tail: Annotated[int, web.Whole, Field(ge=0, le=100_000, description="So many last lines.")] = 200
+    tail: Annotated[int, inputs.Whole, Field(ge=0, le=100_000, description="So many last lines.")] = 200
     since: Annotated[datetime, BeforeValidator(parse_time)] | None = None
-    follow: Annotated[bool, web.Flag] = False
+    follow: Annotated[bool, inputs.Flag] = False
 
 
 class ExecRequest(Input):
@@ -41,7 +40,7 @@ class ExecRequest(Input):
 
     command: Annotated[list[Annotated[str, Field(max_length=32768)]], Field(min_length=1, max_length=256)]
     timeout_seconds: int = Field(default=60, ge=1, le=300)
-    stdin: str | None = Field(default=None, max_length=web.LARGEST_BODY)
+    stdin: str | None = Field(default=None, max_length=inputs.LARGEST_BODY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +96,10 @@ async def execute(adapters: Adapters, target: Target, request: ExecRequest) -> E
     )
 
 
-async def read_log(adapters: Adapters, target: Target, query: LogQuery) -> Response:
-    """The last lines of a log, as text."""
+async def read_log(adapters: Adapters, target: Target, query: LogQuery) -> bytes:
+    """The last lines of a log."""
     page = await _read(adapters, target, None, query.since)
-    return Response(_cut_tail(page.data, query.tail), media_type="text/plain; charset=utf-8")
+    return _cut_tail(page.data, query.tail)
 
 
 async def _read(adapters: Adapters, target: Target, after: int | None, since: datetime | None) -> base.LogPage:
@@ -125,24 +124,20 @@ def _cut_tail(data: bytes, lines: int) -> bytes:
     return b"\n".join(data.removesuffix(b"\n").split(b"\n")[-lines:]) + (b"\n" if data.endswith(b"\n") else b"")
 
 
-async def follow_log(adapters: Adapters, target: Target, query: LogQuery, resume: str | None) -> Response:
+async def follow_log(adapters: Adapters, target: Target, query: LogQuery, resume: str | None) -> AsyncGenerator[bytes]:
     """The log as server-sent events whose ids are byte offsets: `Last-Event-ID` goes on where another stream ended."""
     if resume is not None and not (resume.isascii() and resume.isdigit() and len(resume) < 19):  # noqa: PLR2004 - fits 64 bits
-        raise web.invalid("Last-Event-ID", "is not an id of this stream")
+        raise inputs.invalid("Last-Event-ID", "is not an id of this stream")
     if resume is None:
         first = await _read(adapters, target, None, query.since)
         text = _cut_tail(first.data, query.tail)
         first = base.LogPage(first.starts_at + len(first.data) - len(text), text)
     else:
         first = await _read(adapters, target, int(resume), None)
-    return StreamingResponse(
-        _stream(adapters, target, first),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-    )
+    return _stream(adapters, target, first)
 
 
-async def _stream(adapters: Adapters, target: Target, first: base.LogPage) -> AsyncIterator[bytes]:
+async def _stream(adapters: Adapters, target: Target, first: base.LogPage) -> AsyncGenerator[bytes]:
     began = last = time.monotonic()
     position, rest, pause = first.starts_at, first.data, _POLL_SECONDS
     yield b"retry: 1000\n\n"

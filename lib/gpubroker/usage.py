@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
-from gpubroker import store, web
+from gpubroker import inputs, paging, store
 from gpubroker.resources import Page, Usage, UsageRecord, UsageRow
 from gpubroker.store import money as rows
 from gpubroker.store.instances import read_instant
@@ -16,7 +16,7 @@ _GROUP: Final = r"^(agent|pod|provider|gpu|hour|day|month|label:[A-Za-z0-9][A-Za
 Time = Annotated[datetime, BeforeValidator(parse_time)]
 
 
-class UsageQuery(web.Query):
+class UsageQuery(inputs.Query):
     """Of when, of what, and in which groups."""
 
     from_: Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
@@ -26,7 +26,7 @@ class UsageQuery(web.Query):
     agent_id: str | None = None
 
 
-class RecordsQuery(web.Paged):
+class RecordsQuery(paging.Paged):
     """Of when and of what."""
 
     from_: Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
@@ -45,10 +45,10 @@ async def sum_usage(tx: store.Transaction, query: UsageQuery) -> Usage:
 
 async def list_records(tx: store.Transaction, query: RecordsQuery) -> Page[UsageRecord]:
     """A page of the intervals that the caller's subtree was charged for."""
-    after = web.read_cursor(query.cursor, str)
+    after = paging.read_cursor(query.cursor, str)
     span = await _read_span(tx, query)
     found = await rows.list_records(tx.conn, span, after[0] if after else None, query.limit + 1)
-    items, cursor = web.cut_page(found, query.limit)
+    items, cursor = paging.cut_page(found, query.limit)
     return Page[UsageRecord](items=items, next_cursor=cursor)
 
 
@@ -56,5 +56,5 @@ async def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) ->
     to_at = query.to or await read_instant(tx.conn)
     from_at = query.from_ or to_at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if from_at >= to_at:
-        raise web.invalid("?from", "must be before to")
+        raise inputs.invalid("?from", "must be before to")
     return rows.Span(tx.known.agent_id, from_at, to_at, query.pod_id, query.agent_id)

@@ -4,31 +4,28 @@ A function's main.py declares operations on an `Api`; the same models validate, 
 gets a `Call` and returns an `Answer`; whatever it raises becomes a problem document (RFC 9457).
 """
 
-import base64
-import binascii
 import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Annotated, Any, Final, Generic, Protocol, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from gpubroker import bundle, config, errors, keys, outbox, store
 from gpubroker.ids import new_id
-from gpubroker.resources import Input
+from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
 
 log = logging.getLogger("gpubroker.web")
 
-LARGEST_BODY: Final = 1024 * 1024
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -38,42 +35,8 @@ _DEEPEST: Final = 32
 _ERRORS_PATH: Final = "/docs/errors.md"
 
 
-class Query(BaseModel):
-    """Query parameters: no unknown ones; a list field may be repeated, others not."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Nothing(Input):
-    """An empty body."""
-
-
-class NoQuery(Query):
-    """No query parameters."""
-
-
 B = TypeVar("B", bound=Input)
 Q = TypeVar("Q", bound=Query)
-
-
-def _whole(text: object) -> object:
-    if isinstance(text, str) and not re.fullmatch(r"-?[0-9]{1,18}", text):
-        msg = "must be a whole number"
-        raise ValueError(msg)
-    return text
-
-
-def _flag(text: object) -> object:
-    if isinstance(text, str) and text not in ("true", "false"):
-        msg = "must be true or false"
-        raise ValueError(msg)
-    return text
-
-
-Whole = BeforeValidator(_whole, json_schema_input_type=int)
-"""Marks a whole number in a query: `5`, not `5.0` or ` 5`."""
-Flag = BeforeValidator(_flag, json_schema_input_type=bool)
-"""Marks a boolean in a query: `true` or `false`, nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,14 +378,6 @@ def _refuse_unstorable(value: object, pointer: str, depth: int) -> None:
 # Errors
 
 
-def invalid(pointer: str, message: str, *, did_you_mean: str | None = None) -> errors.Invalid:
-    """An `invalid` problem about one place: `/name` in the body, `?limit` in the query."""
-    found: dict[str, object] = {"pointer": pointer, "message": message}
-    if did_you_mean:
-        found["did_you_mean"] = did_you_mean
-    return errors.Invalid(f"{pointer} {message}.", more={"errors": [found]})
-
-
 def _as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> errors.Invalid:
     found: list[dict[str, object]] = []
     for wrong in error.errors(include_url=False, include_input=False, include_context=False):
@@ -512,46 +467,12 @@ def render(answer: Answer) -> Response:
     return Response(content, status_code=answer.status, headers=answer.headers, media_type="application/json")
 
 
-# Lists
+def show_text(content: bytes) -> Response:
+    """Answer with plain text."""
+    return Response(content, media_type="text/plain; charset=utf-8")
 
 
-class Paged(Query):
-    """What every list takes."""
-
-    limit: Annotated[int, Whole, Field(ge=1, le=200, description="How many items at the most.")] = 50
-    cursor: str | None = Field(default=None, max_length=1024, description="next_cursor of the page before.")
-
-
-def write_cursor(*place: object) -> str:
-    """Name the place after which the next page begins."""
-    return base64.urlsafe_b64encode(json.dumps(place, separators=(",", ":")).encode()).decode().rstrip("=")
-
-
-def read_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
-    """Read a cursor that `write_cursor` made of values of these types. Raises Invalid for any other text."""
-    if cursor is None:
-        return None
-    try:
-        place = json.loads(base64.urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error, UnicodeEncodeError, RecursionError):
-        place = None
-    if not isinstance(place, list):
-        raise invalid("?cursor", "is not a cursor of this list")
-    values = cast("list[object]", place)
-    if len(values) != len(kinds) or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
-        raise invalid("?cursor", "is not a cursor of this list")
-    return tuple(values)
-
-
-class _Named(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-N = TypeVar("N", bound=_Named)
-
-
-def cut_page(found: Sequence[N], limit: int) -> tuple[list[N], str | None]:
-    """At most `limit` of what was found in the order of ids, and the cursor of the rest: one more says that there is one."""
-    shown = list(found[:limit])
-    return shown, write_cursor(shown[-1].id) if len(found) > limit else None
+def stream_events(events: AsyncGenerator[bytes]) -> Response:
+    """Answer with server-sent events, which no proxy shall keep or collect."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -1,0 +1,5 @@
+"""`python -m gpubroker` is `gpubroker`."""
+
+from gpubroker.cli import main
+
+main()
