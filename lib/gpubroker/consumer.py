@@ -98,8 +98,7 @@ async def _check_health(request: Request) -> Response:
     if request.url.path != "/healthz":
         return _refuse(405, "events come by POST")
     try:
-        async with (await store.pool()).connection() as conn:
-            await conn.execute("SELECT 1")
+        await store.check()
     except Exception as error:  # noqa: BLE001 - whatever it is, this function does not work now
         log.warning("not healthy: %s", error)
         return _refuse(503, "not healthy")

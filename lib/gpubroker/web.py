@@ -225,9 +225,7 @@ def _log_request(request: Request, status: int, request_id: str, seconds: float)
 
 async def _check_health(call: Call[Any, Any]) -> Answer:
     del call
-    opened = await store.pool()
-    async with opened.connection() as conn:
-        await conn.execute("SELECT 1")
+    await store.check()
     return Answer({"status": "ok"})
 
 

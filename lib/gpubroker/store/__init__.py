@@ -135,6 +135,12 @@ async def close() -> None:
         await closing.close(timeout=5)
 
 
+async def check() -> None:
+    """Ask the database something. Raises Unavailable when it does not answer, SetupError when it is not the right one."""
+    async with _connection() as conn:
+        await conn.execute("SELECT 1")
+
+
 @asynccontextmanager
 async def worker() -> AsyncGenerator[Transaction]:
     """A transaction that sees all organisations, for consumers and ticks."""
