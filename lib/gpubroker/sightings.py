@@ -198,7 +198,7 @@ async def save(tx: store.Transaction, before: PodRow, after: PodRow) -> PodRow:
     visible = (after.state, after.state_reason, after.billing, after.exit_code, after.ends_because)
     if visible != (before.state, before.state_reason, before.billing, before.exit_code, before.ends_because):
         after = replace(after, version=before.version + 1)
-    if after.state != before.state and after.due_at is None and after.wanted == "gone":
+    if after.state != before.state and after.due_at is None and after.wanted == "gone" and after.state != "terminated":
         after = replace(after, due_at=after.now)
     await rows.save_pod(tx.conn, after)
     if after.state != before.state:
