@@ -284,8 +284,8 @@ BEGIN
     PERFORM pg_advisory_xact_lock_shared(7205759403792794);  -- no month closes meanwhile
     SELECT * INTO i FROM instance WHERE id = p_instance FOR UPDATE;
     v_until := date_trunc('second', least(p_until, i.ended_at));
-    IF v_until IS NULL OR v_until <= i.billed_until THEN
-        RETURN 0;
+    IF v_until IS NULL OR v_until <= i.billed_until OR NOT EXISTS (SELECT FROM phase WHERE instance_id = p_instance) THEN
+        RETURN 0;  -- the first phase may yet begin at the create: who pays for a boot is known at its end
     END IF;
     SELECT * INTO p FROM pod WHERE id = i.pod_id;
     FOR f IN
@@ -331,7 +331,7 @@ DECLARE
     a       attempt;
     h       record;
     v_ran   bigint;
-    v_paid  bigint;
+    v_owed  bigint;
     v_due   bigint;
     v_min   bigint;
     v_inc   bigint;
@@ -344,16 +344,16 @@ BEGIN
         END IF;
         PERFORM bill(i.id, i.ended_at);
         SELECT * INTO a FROM attempt WHERE id = i.attempt_id;
-        SELECT sum(extract(epoch FROM upper(u.during) - lower(u.during)))::bigint, sum(u.charged_micro)::bigint
-          INTO v_ran, v_paid
+        SELECT sum(extract(epoch FROM upper(u.during) - lower(u.during)))::bigint, sum(u.amount_micro)::bigint
+          INTO v_ran, v_owed  -- paid or not: what the holds could not pay is lost once
           FROM usage_interval u JOIN phase f ON f.instance_id = u.instance_id AND f.seq = u.phase_seq
          WHERE u.instance_id = i.id AND u.payer = 'customer' AND f.billing = 'full';
-        CONTINUE WHEN coalesce(v_ran, 0) = 0;
+        CONTINUE WHEN coalesce(v_ran, 0) = 0 OR EXISTS (SELECT FROM ledger WHERE source = i.id || '@minimum');
         v_min := (a.offer ->> 'min_billing_s')::bigint;
         v_inc := (a.offer ->> 'increment_s')::bigint;
         v_due := a.price_micro_h * greatest(v_min, (v_ran + v_inc - 1) / v_inc * v_inc) / 3600;
-        IF v_due > v_paid THEN
-            PERFORM post_entry(i, p, 'minimum', v_due - v_paid, posting_month(i.ended_at), i.id || '@minimum');
+        IF v_due > v_owed THEN
+            PERFORM post_entry(i, p, 'minimum', v_due - v_owed, posting_month(i.ended_at), i.id || '@minimum');
         END IF;
     END LOOP;
     FOR h IN SELECT id FROM hold WHERE pod_id = p_pod AND closed_at IS NULL ORDER BY id LOOP
