@@ -68,20 +68,46 @@ class Question:
     limit: int = 50
 
 
+_WITHIN: Final = "SELECT o.* FROM offer o WHERE o.gpu = s.gpu AND o.gpu_count = s.gpu_count AND o.gone_at IS NULL"
+_PLAIN_PRICE: Final = "o.price_micro_h <= %(max_price_usd_per_hour)s"
+_SHAPES: Final[Mapping[str, LiteralString]] = {
+    "gpu": "gpu = ANY (%(gpu)s)",
+    "gpu_count": "gpu_count = %(gpu_count)s",
+    "min_gpu_count": "gpu_count >= %(min_gpu_count)s",
+    "min_vram_gb": "vram_gb >= %(min_vram_gb)s",
+}
+
+
 async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]]:
     """Offers in the order asked for, each with its sort value; by index, whatever the filters."""
     by = _SORTS["price_with_disk" if question.sort == "price" and question.disk_gb else question.sort]
-    sql: LiteralString = (
-        _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place" + _FROM + _OPEN
-    )
-    if question.available:
-        sql += _AVAILABLE
+    shaping = [name for name in _SHAPES if _has_gpu(question.filters, name)]
+    rules: LiteralString = _OPEN + (_AVAILABLE if question.available else "")
     for name in question.filters:
-        sql += " AND " + FILTERS[name]
+        if name not in shaping:
+            rules += " AND " + (_PLAIN_PRICE if name == "max_price_usd_per_hour" and not question.disk_gb else FILTERS[name])
     if question.after is not None:
-        sql += " AND (" + by + ", o.id) " + ("<" if question.descending else ">") + " (%(after_value)s, %(after_id)s)"
+        rules += " AND (" + by + ", o.id) " + ("<" if question.descending else ">") + " (%(after_value)s, %(after_id)s)"
     way = " DESC" if question.descending else ""
-    sql += " ORDER BY " + by + way + ", o.id" + way + " LIMIT %(limit)s"
+    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way + " LIMIT %(limit)s"
+    columns: LiteralString = _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place"
+    if shaping:
+        shape: LiteralString = "SELECT DISTINCT gpu, gpu_count FROM offer_shape WHERE true"
+        for name in shaping:
+            shape += " AND " + _SHAPES[name]
+        source: LiteralString = " FROM (" + shape + ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order + ") o"
+        sql: LiteralString = columns + source + " JOIN provider_account p ON p.id = o.account_id AND p.refreshed_at IS NOT NULL" + order
+    else:
+        sql = columns + _FROM + rules + order
+    return await _fetch(conn, sql, question)
+
+
+def _has_gpu(filters: Mapping[str, Any], name: str) -> bool:
+    """Say whether this filter leaves out every offer without GPU, so that shapes can stand for it."""
+    return name in filters and (name in ("gpu", "min_vram_gb") or filters[name] > 0)
+
+
+async def _fetch(conn: Connection, sql: LiteralString, question: Question) -> list[tuple[int, Offer]]:
     parameters = {**question.filters, "disk": question.disk_gb, "limit": question.limit}
     if question.after is not None:
         parameters |= {"after_value": question.after[0], "after_id": question.after[1]}
@@ -253,6 +279,10 @@ WITH input AS (
     INSERT INTO offer_price (offer_id, at, price_micro_h)
     SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w LEFT JOIN old ON old.id = w.id
      WHERE old.price_micro_h IS DISTINCT FROM w.price_micro_h
+), shapes AS (
+    INSERT INTO offer_shape (gpu, gpu_count, vram_gb)
+    SELECT DISTINCT gpu, gpu_count, coalesce(vram_gb, 0) FROM input WHERE gpu IS NOT NULL
+        ON CONFLICT DO NOTHING
 ), gone AS (
     UPDATE offer o SET gone_at = clock_timestamp()
      WHERE o.account_id = %(account)s AND o.gone_at IS NULL

@@ -68,7 +68,7 @@ CREATE TABLE offer (
 );
 CREATE INDEX offer_price_i ON offer (price_micro_h, id)
     WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none';
-CREATE INDEX offer_gpu ON offer (gpu, price_micro_h, id)
+CREATE INDEX offer_gpu ON offer (gpu, gpu_count, price_micro_h, id)
     WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none';
 CREATE INDEX offer_per_gpu ON offer (per_gpu, id)
     WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none';
@@ -76,6 +76,15 @@ CREATE INDEX offer_per_vram ON offer (per_vram, id)
     WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none';
 CREATE INDEX offer_value ON offer (value, id)
     WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none';
+
+-- The combinations that offers ever had. Within one, the price says nothing of the other filters, so the first 20 by index
+-- are soon found: along the price alone, a search for eight H100s would read every cheaper offer first.
+CREATE TABLE offer_shape (
+    gpu       text NOT NULL,
+    gpu_count integer NOT NULL,
+    vram_gb   integer NOT NULL,
+    PRIMARY KEY (gpu, gpu_count, vram_gb)
+);
 
 CREATE TABLE offer_price (
     offer_id      text NOT NULL REFERENCES offer,
