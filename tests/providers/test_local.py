@@ -173,7 +173,7 @@ def test_sizes_that_do_not_fit_now_are_listed_as_such(rent: Rent) -> None:
 def test_the_environment_is_the_pods_own(rent: Rent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROKER_SECRET", "never")
     instance = rent.create(
-        "/usr/bin/env", "-0", env={"TOKEN": "t0k\nen", "GPUBROKER_POD_REF": "forged"}, ports=(Port(8000),)
+        "/usr/bin/env", "-0", env={"TOKEN": "t0k\nén", "GPUBROKER_POD_REF": "forged"}, ports=(Port(8000),)
     )
     rent.await_life(instance.id, "stopped")
     found = dict(item.split("=", 1) for item in rent.log(instance.id).rstrip("\0").split("\0"))
@@ -185,7 +185,7 @@ def test_the_environment_is_the_pods_own(rent: Rent, monkeypatch: pytest.MonkeyP
     assert found == {
         "HOME": disk,
         "LANG": "C.UTF-8",
-        "TOKEN": "t0k\nen",
+        "TOKEN": "t0k\nén",
         "GPUBROKER_POD_ID": "pod_test",
         "GPUBROKER_POD_REF": instance.id,
     }
@@ -473,6 +473,8 @@ def test_a_listing_is_complete_or_an_error(rent: Rent) -> None:
         run(Local(rent.pods, TERMS).account())
         with pytest.raises(ProviderError):
             run(rent.local.list_managed(OWNER))
+        run(rent.local.account())
+        assert run(rent.local.list_managed(OWNER)) == []
     finally:
         shutil.rmtree(rent.pods)
         shutil.move(rent.data / "aside", rent.pods)
@@ -510,11 +512,11 @@ def test_ports_stay_the_same_while_they_are_free() -> None:
 
 
 def test_extend_moves_the_hard_stop(rent: Rent) -> None:
-    instance = rent.create("sleep", "100", seconds=0.8)
-    later = datetime.now(UTC) + timedelta(seconds=1.7)
+    instance = rent.create("sleep", "100", seconds=0.6)
+    later = datetime.now(UTC) + timedelta(seconds=1.4)
     run(rent.local.extend(instance.id, later))
     assert rent.get(instance.id).hard_stop_at == later
-    time.sleep(1.1)
+    time.sleep(0.9)
     assert rent.get(instance.id).life == "running"
     gone = rent.await_life(instance.id, "gone")
     assert gone.ended_at is not None

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpubroker.ids import base36
 from gpubroker.machine import capacity, cgroup, folder, journal, record, rental, tree
 from gpubroker.machine.capacity import Gpu, Held, Machine, Share
 
@@ -144,7 +145,7 @@ def test_tombstones_are_made_and_forgotten(tmp_path: Path) -> None:
     assert folder.live(everything) == []
     assert folder.find(everything, SPEC.ref) == os.path.join(everything, "gone", SPEC.ref)
     folder.prune(everything, now=time.time() + folder.KEEP_SECONDS + 60)
-    assert not folder.exists(everything, SPEC.ref)
+    assert folder.place(everything, SPEC.ref) is None
 
 
 def test_a_tree_of_any_depth_and_mode_is_deleted(tmp_path: Path) -> None:
@@ -320,6 +321,17 @@ def test_our_own_limits_are_the_least_on_the_way_up(version_2: Path) -> None:
     (version_2 / "user" / "app" / "cpu.max").write_text("max 100000\n")
     assert (cgroup.memory_limit(), cgroup.cpu_limit_milli()) == (4_000_000_000, 1500)
     assert capacity.found_vcpus_milli() == min(1500, 1000 * len(os.sched_getaffinity(0)))
+
+
+def test_groups_that_nobody_keeps_any_more_are_swept(version_2: Path) -> None:
+    (version_2 / "user" / "cgroup.subtree_control").write_text("cpu memory")
+    (version_2 / "user" / "app" / "cgroup.controllers").write_text("")
+    now = 1_800_000_000
+    names = [f"gpubroker-gb-testtest-a-{base36(at)}" for at in (now - 100, now + 100)] + ["gpubroker-gb-", "session-1"]
+    for name in names:
+        (version_2 / "user" / name).mkdir()
+    cgroup.sweep(cgroup.homes(), before=now)
+    assert [name for name in names if (version_2 / "user" / name).exists()] == names[1:]
 
 
 def test_nothing_writable_is_no_group(version_2: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,15 @@ def remove(groups: tuple[str, ...]) -> bool:
     return removed
 
 
+def sweep(places: list[Home], *, before: float) -> None:
+    """Remove empty groups of pods whose hard stop was before a time: nobody keeps those any more."""
+    for home in places:
+        for name in os.listdir(home.folder):
+            tail = name.rpartition("-")[2]
+            if name.startswith("gpubroker-gb-") and tail.isalnum() and int(tail, 36) < before:
+                remove((os.path.join(home.folder, name),))
+
+
 def memory_limit() -> int | None:
     """The least memory limit in bytes of this process's own groups. None: there is none."""
     limits: list[int] = []

@@ -114,4 +114,4 @@ def reap() -> None:
 
 def read_record(all_pods: str, ref: str) -> list[record.Event]:
     """The whole record of a pod, also of one that is gone. Raises FileNotFoundError."""
-    return record.read(folder.find(all_pods, ref))
+    return folder.read(all_pods, ref)[1]

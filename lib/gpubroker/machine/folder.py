@@ -13,6 +13,7 @@ supervisor.log  what a supervisor said before it crashed
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -117,13 +118,12 @@ def find(all_pods: str, ref: str) -> str:
     raise FileNotFoundError(ref)
 
 
-def exists(all_pods: str, ref: str) -> bool:
-    """Whether there is, or was, such a pod."""
+def place(all_pods: str, ref: str) -> str | None:
+    """Where a pod's folder is now; None when there is, and was, no such pod."""
     try:
-        find(all_pods, ref)
+        return find(all_pods, ref)
     except FileNotFoundError:
-        return False
-    return True
+        return None
 
 
 def hidden_around(all_pods: str) -> str:
@@ -145,14 +145,20 @@ def read_spec(folder: str) -> PodSpec:
 
 def state_of(all_pods: str, ref: str) -> tuple[PodSpec, record.State]:
     """What the disk says of a pod. Raises FileNotFoundError."""
-    for patience in (True, False):
+    spec, events = read(all_pods, ref)
+    return spec, record.fold(events)
+
+
+def read(all_pods: str, ref: str) -> tuple[PodSpec, list[record.Event]]:
+    """Read all that the disk says of a pod. Raises FileNotFoundError, or another OSError when it makes no sense."""
+    try:
         folder = find(all_pods, ref)
-        try:
-            return read_spec(folder), record.fold(record.read(folder))
-        except FileNotFoundError:
-            if not patience:  # it moved to the tombstones between two reads only once
-                raise
-    raise FileNotFoundError(ref)
+        return read_spec(folder), record.read(folder)
+    except FileNotFoundError:  # it may have moved to the tombstones meanwhile, which it does only once
+        folder = find(all_pods, ref)
+        return read_spec(folder), record.read(folder)
+    except (ValueError, TypeError) as error:
+        raise OSError(errno.EIO, f"{ref} cannot be read: {error}") from None
 
 
 def write_whole(path: str, data: bytes) -> None:

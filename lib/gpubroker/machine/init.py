@@ -39,7 +39,7 @@ def give_birth(spec: PodSpec, disk: str, mode: str, channel: socket.socket, join
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         doors = [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in joins]
-        _close_all_but(channel.fileno(), *doors)
+        processes.close_files(channel.fileno(), *doors)
         jail.enter(mode)
         born = os.fork()
         if born == 0:
@@ -50,13 +50,6 @@ def give_birth(spec: PodSpec, disk: str, mode: str, channel: socket.socket, join
     except BaseException:  # noqa: BLE001 - nothing of the supervisor may run on in its child
         os._exit(errno.EIO)
     os._exit(0)
-
-
-def _close_all_but(*kept: int) -> None:
-    begin = 3
-    for file in [*sorted(kept), os.sysconf("SC_OPEN_MAX")]:
-        os.closerange(begin, file)
-        begin = file + 1
 
 
 def _live(spec: PodSpec, disk: str, mode: str, channel: socket.socket, doors: list[int]) -> NoReturn:

@@ -1,5 +1,6 @@
 """Finding and ending processes without a namespace: by parent, by the pod's mark in their environment."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterable
@@ -72,6 +73,14 @@ def kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def close_files(*kept: int) -> None:
+    """Close every file that this process has open, but stdin, stdout, stderr and these."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:  # noqa: PLR2004 - stderr
+            with contextlib.suppress(OSError):
+                os.close(int(name))
 
 
 def wake_on_signals() -> int:

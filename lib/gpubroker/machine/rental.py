@@ -136,13 +136,14 @@ def rent_out(terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref:
 
     A pod that has this reference already is left as it is. Raises Rejected, Throttled.
     """
+    folder.prepare(all_pods)
     machine = look(terms, all_pods)
     ram = round(offer.ram_gb * GB)
     disk = max(spec.disk_gb, offer.disk_base_gb)
     share = Share(round(offer.vcpus * 1000), ram, disk, offer.gpu_count, offer.gpu)
     try:
         with folder.locked(all_pods, _LOCK_SECONDS):
-            if folder.exists(all_pods, ref):
+            if folder.place(all_pods, ref):
                 return
             folder.prune(all_pods, now=time.time())
             taken = capacity.held(all_pods)
@@ -156,7 +157,7 @@ def rent_out(terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref:
     except folder.Busy:
         raise Throttled("busy", "another process grants shares of this machine", wait=2.0) from None
     except OSError as error:
-        if not folder.exists(all_pods, ref):
+        if not folder.place(all_pods, ref):
             raise Rejected("machine_failed", str(error), try_next_offer=True) from None
 
 

@@ -22,6 +22,7 @@ HEARTBEAT_SECONDS: Final = 0.4
 TOMB_LOG_BYTES: Final = 1 << 20
 """So much of the log's end stays readable when the pod is gone."""
 KILLED_UNSEEN: Final = "its supervisor was killed"
+MACHINE_RESTARTED: Final = "the machine was restarted"
 
 _IDLE_SECONDS, _SOON_SECONDS = 1.0, 0.01
 _LOCK_SECONDS: Final = 1.0
@@ -37,7 +38,7 @@ def main(place: str) -> None:
         os.chdir(place)
     except FileNotFoundError:
         return
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    processes.close_files()
     os.umask(0o077)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
@@ -118,7 +119,8 @@ class Supervisor:
         if state.life == "terminating":
             self._note("terminated", at=self._last_sign() if state.on else None)
         elif state.on:
-            self._note("lost", at=self._last_sign(), reason=KILLED_UNSEEN)
+            rebooted = state.boot != processes.boot_id()
+            self._note("lost", at=self._last_sign(), reason=MACHINE_RESTARTED if rebooted else KILLED_UNSEEN)
 
     def _leftovers(self) -> set[int]:
         state = self._state
@@ -203,6 +205,7 @@ class Supervisor:
         """Start what was granted. The record has the groups before they are made, the run before the program runs."""
         spec = self._spec
         places = cgroup.homes() if spec.isolation != "none" else []
+        cgroup.sweep(places, before=time.time() - folder.KEEP_SECONDS)
         groups = cgroup.paths(spec.ref, places)
         if event == "started" and groups != list(self._state.cgroups):
             self._note("starting", ports=self._state.ports, gpus=self._state.gpus, cgroups=groups)

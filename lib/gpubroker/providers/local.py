@@ -75,16 +75,15 @@ class Local(Provider):
 
     async def account(self) -> str:
         """The identity of the folder of pods. A folder that was deleted and made anew is another account."""
-        found = await _on_disk(folder.prepare if self._account is None else folder.identity, self.pods)
-        self._account = self._account or found
-        return found
+        self._account = await _on_disk(folder.prepare, self.pods)
+        return self._account
 
     async def list_offers(self) -> Sequence[ProviderOffer]:
         """Every size that the machine has, also those that do not fit now."""
-        await self.account()
         return await _on_disk(self._offers)
 
     def _offers(self) -> list[ProviderOffer]:
+        folder.prepare(self.pods)
         machine, taken = rental.look(self.terms, self.pods), capacity.held(self.pods)
         sizes = rental.sizes(self.terms, machine)
         return [_offer(size, capacity.times_it_fits(size.share, machine, taken)) for size in sizes]
@@ -92,7 +91,6 @@ class Local(Provider):
     async def create(self, spec: Spec, offer: ProviderOffer, ref: str) -> Created:
         """Start a pod, or give the one that has this reference already. It returns when the program executes."""
         rental.refuse_what_cannot_be(spec, offer, ref)
-        await self.account()
         await self._with_room(lambda: _on_disk(rental.rent_out, self.terms, self.pods, spec, offer, ref))
         try:
             instance = await self._look(ref, do="settle", limit_seconds=_CREATE_SECONDS)
@@ -119,7 +117,7 @@ class Local(Provider):
 
     async def list_managed(self, owner: str) -> Sequence[Instance]:
         """Every pod of the owner that is not gone. An error when one cannot be looked at, or the folder is another."""
-        if await self.account() != self._account:
+        if (self._account or await self.account()) != await _on_disk(folder.identity, self.pods):
             raise ProviderError("account_changed", f"{self.pods} is not the folder that it was")
         refs = [ref for ref in await _on_disk(folder.live, self.pods) if ref.startswith(f"gb-{owner}-")]
         return [instance for instance in await self._look_at_all(refs) if instance.life != "gone"]
@@ -166,14 +164,15 @@ class Local(Provider):
         """What the program wrote, of all its runs; of a pod that is gone the last MiB."""
         moment = None if since is None else since.timestamp()
 
-        def read() -> LogPage:
-            try:
-                place = folder.find(self.pods, instance_id)
-                return LogPage(*journal.read(place, after=after, since=moment, limit=limit))
-            except FileNotFoundError:
-                raise InstanceNotFound("not_found", instance_id) from None
+        def read() -> LogPage | None:
+            place = folder.place(self.pods, instance_id)
+            page = None if place is None else LogPage(*journal.read(place, after=after, since=moment, limit=limit))
+            return page if place == folder.place(self.pods, instance_id) else read()  # it has become a tombstone
 
-        return await _on_disk(read)
+        page = await _on_disk(read)
+        if page is None:
+            raise InstanceNotFound("not_found", instance_id)
+        return page
 
     async def exec(
         self, instance_id: str, command: Sequence[str], *, stdin: bytes | None, timeout_seconds: int
@@ -196,7 +195,7 @@ class Local(Provider):
 
     async def _look(self, ref: str, *, limit_seconds: float, **request: object) -> Instance:
         answer = await self._ask(ref, limit_seconds=limit_seconds, **request)
-        spec = folder.read_spec(folder.find(self.pods, ref))
+        spec, _ = folder.read(self.pods, ref)
         return _instance(spec, record.State(**answer["state"]))
 
     async def _ask(self, ref: str, *, limit_seconds: float, **request: object) -> dict[str, Any]:
