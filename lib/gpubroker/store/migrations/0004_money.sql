@@ -211,7 +211,7 @@ BEGIN
      WHERE hb.agent_id = p_agent AND h.id = hb.hold_id AND h.taken_at >= v_start;
     SELECT coalesce(sum(CASE WHEN h.closed_at IS NULL THEN h.amount_micro ELSE h.drawn_micro END), 0) INTO v_sum
       FROM hold_budget hb JOIN hold h ON h.id = hb.hold_id
-     WHERE hb.agent_id = p_agent AND h.taken_at >= v_start;
+     WHERE hb.agent_id = p_agent AND hb.period_start = v_start;  -- what close_hold will ask: one that waited over midnight too
     UPDATE budget SET limit_micro = p_limit, period = p_period, period_start = v_start, committed_micro = v_sum
      WHERE agent_id = p_agent;
 END $$;
