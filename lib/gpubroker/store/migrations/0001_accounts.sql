@@ -48,7 +48,6 @@ CREATE TABLE agent (
     max_micro_h   bigint CHECK (max_micro_h >= 0),
     max_creates_min integer CHECK (max_creates_min >= 0),
     approval_above_micro bigint,
-    token_epoch   integer NOT NULL DEFAULT 0,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
     expires_at    timestamptz,
     revoked_at    timestamptz,
@@ -99,6 +98,7 @@ CREATE TABLE token (
     org_id          text NOT NULL,
     agent_id        text NOT NULL REFERENCES agent,    -- the subject, who pays
     actor_id        text NOT NULL REFERENCES agent,    -- who holds it
+    actors          text[] NOT NULL,                   -- the chain of delegation: the subject first, who holds it last
     key_id          text REFERENCES key,
     parent_jti      text REFERENCES token ON DELETE CASCADE,
     scopes          text[] NOT NULL,

@@ -23,11 +23,13 @@ CREATE TABLE pod (
     candidates     jsonb NOT NULL DEFAULT '[]', -- the offers it may use, best first, with the prices quoted then
     env_sealed     bytea,                       -- env and registry_auth; erased at the end
     seal_key       text,
+    price_micro_h  bigint NOT NULL DEFAULT 0,   -- the dearest of the candidates: what counts against max_usd_per_hour
     budget_micro   bigint,
     quote_id       text,
     body_mac       bytea,
     restart_requested_at timestamptz,
     restart_done_at timestamptz,
+    expiring_told_at timestamptz,               -- pod.expiring was written
     exit_code      integer,
     ends_because   text,
     approval       jsonb,
@@ -43,7 +45,8 @@ CREATE INDEX pod_due ON pod (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX pod_ends ON pod (ends_at) WHERE wanted <> 'gone';
 CREATE INDEX pod_page ON pod (org_id, agent_id, id DESC);
 CREATE INDEX pod_same ON pod (agent_id, body_mac, created_at) WHERE body_mac IS NOT NULL;
-CREATE INDEX pod_live ON pod (agent_id) WHERE state <> 'terminated';
+CREATE INDEX pod_live ON pod (agent_id) WHERE wanted <> 'gone';
+CREATE INDEX pod_created ON pod (agent_id, created_at);
 
 ALTER TABLE quote ADD FOREIGN KEY (pod_id) REFERENCES pod;
 

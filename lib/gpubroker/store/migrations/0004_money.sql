@@ -56,6 +56,7 @@ CREATE TABLE usage_interval (
     instance_id   text NOT NULL,
     phase_seq     integer NOT NULL,
     during        tstzrange NOT NULL,
+    month         date NOT NULL,             -- the one whose statement it is on
     amount_micro  bigint NOT NULL CHECK (amount_micro >= 0),
     charged_micro bigint NOT NULL CHECK (charged_micro BETWEEN 0 AND amount_micro),
     payer         text NOT NULL CHECK (payer IN ('customer', 'operator')),
@@ -66,6 +67,7 @@ CREATE TABLE usage_interval (
 );
 CREATE INDEX usage_interval_pod ON usage_interval (pod_id, lower(during));
 CREATE INDEX usage_interval_page ON usage_interval (org_id, id DESC);
+CREATE INDEX usage_interval_month ON usage_interval (org_id, month);
 
 CREATE TABLE ledger (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -313,8 +315,9 @@ BEGIN
                                      posting_month(c.a), p_instance || '@' || extract(epoch FROM c.a)::bigint);
             END IF;
             v_charged := v_charged + v_paid;
-            INSERT INTO usage_interval (id, org_id, pod_id, instance_id, phase_seq, during, amount_micro, charged_micro, payer)
-            VALUES (new_id('use'), i.org_id, i.pod_id, p_instance, f.seq, tstzrange(c.a, c.z), v_amount, v_paid, v_payer);
+            INSERT INTO usage_interval (id, org_id, pod_id, instance_id, phase_seq, during, month, amount_micro, charged_micro, payer)
+            VALUES (new_id('use'), i.org_id, i.pod_id, p_instance, f.seq, tstzrange(c.a, c.z), posting_month(c.a), v_amount, v_paid,
+                    v_payer);
         END LOOP;
     END LOOP;
     UPDATE instance SET billed_until = v_until WHERE id = p_instance;

@@ -21,7 +21,7 @@ GRANT SELECT ON installation, org, agent, agent_path, key, signing_key, token, i
 GRANT INSERT ON agent, agent_path, key, token, idempotency, quote, pod, pod_label, pod_log, budget, event, delivery, signing_key
     TO gpubroker_public;
 GRANT UPDATE (name, scopes, metadata, may_act, grants, max_pods, max_micro_h, max_creates_min, approval_above_micro,
-    token_epoch, expires_at, revoked_at) ON agent TO gpubroker_public;
+    expires_at, revoked_at) ON agent TO gpubroker_public;
 GRANT UPDATE (used_at, expires_at, revoked_at, replaced_by) ON key TO gpubroker_public;
 GRANT UPDATE (revoked_at) ON token TO gpubroker_public;
 GRANT UPDATE (pod_id) ON quote TO gpubroker_public;
