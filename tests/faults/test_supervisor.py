@@ -10,6 +10,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -366,6 +367,27 @@ def test_only_one_supervisor_keeps_a_pod(pods: Pods) -> None:
     assert pods.ask(ref, "settle").life == "running"
     eventually(lambda: len(mentioning(os.path.join(pods.all, ref)) - {pods.init(ref)}) == 1)
     assert len(mentioning(f"sleep\0{marker}")) == 1
+
+
+def test_a_request_that_it_does_not_know_harms_no_pod(pods: Pods) -> None:
+    ref = pods.create("sleep", "100")
+    for request in (
+        {"do": "fly"},
+        {"do": "exec", "command": ["true"]},
+        {"do": "extend", "hard_stop_at": "later"},
+        {"do": "start"},
+    ):
+        with contextlib.suppress(control.Refused):
+            asyncio.run(control.ask(pods.all, ref, limit_seconds=5, **request))
+    before = pods.record(ref)
+    for data in (b"not json\n", b"{}\n", b"", b"[1]\n"):
+        with socket.socket(socket.AF_UNIX) as client:
+            place = os.open(os.path.join(pods.all, ref), os.O_PATH)
+            client.connect(f"/proc/self/fd/{place}/control.sock")
+            os.close(place)
+            client.sendall(data)
+    assert pods.ask(ref, "state").life == "running"
+    assert pods.record(ref) == before
 
 
 def dies_at(pods: Pods, ref: str, step: int, when: str) -> subprocess.Popen[bytes]:

@@ -637,7 +637,7 @@ def test_settings_are_read_and_wrong_ones_named(tmp_path: Path) -> None:
 
     local = make(
         GPUBROKER_LOCAL_VCPUS="1.5",
-        GPUBROKER_LOCAL_RAM_GB="0.75",
+        GPUBROKER_LOCAL_RAM_GB="0.7500001",
         GPUBROKER_LOCAL_SLICE_VCPUS="0.1",
         GPUBROKER_LOCAL_PRICE_USD_PER_HOUR="0.003",
     )
@@ -654,6 +654,7 @@ def test_settings_are_read_and_wrong_ones_named(tmp_path: Path) -> None:
         ("GPUBROKER_LOCAL_RAM_GB", "-1"),
         ("GPUBROKER_LOCAL_RAM_GB", "nan"),
         ("GPUBROKER_LOCAL_SLICE_VCPUS", "999"),
+        ("GPUBROKER_LOCAL_SLICE_VCPUS", "0.001"),
         ("GPUBROKER_LOCAL_PRICE_USD_PER_HOUR", "cheap"),
         ("GPUBROKER_LOCAL_GPU_PRICE_USD_PER_HOUR", "0.00000001"),
     ):

@@ -4,6 +4,8 @@
 # ruff: noqa: PTH102, PTH109, PTH116, PTH118, PTH208
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -216,6 +218,26 @@ def test_the_oldest_part_of_a_log_goes_and_offsets_stay(tmp_path: Path, monkeypa
     log.keep(5000)
     assert journal.read(".", after=0, since=None, limit=1)[0] == 38 * 4096
     assert journal.Journal(1 << 16)
+
+
+def test_a_supervisor_loads_little() -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import gpubroker.machine.supervisor; print(*sys.modules)"
+    lib = str(Path(folder.__file__).parents[2])
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program, lib], capture_output=True, text=True, check=True)
+    heavy = {
+        "asyncio",
+        "dataclasses",
+        "inspect",
+        "pathlib",
+        "subprocess",
+        "threading",
+        "shutil",
+        "random",
+        "pydantic",
+        "pynvml",
+    }
+    assert heavy & set(done.stdout.split()) == set()
+    assert len(done.stdout.split()) < 120
 
 
 def test_no_log_is_an_empty_log(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from gpubroker.providers.base import ProviderOffer, Spec
 
 _MOST_VCPUS, _MOST_GB = 4096, 1_000_000
 _LOCK_SECONDS: Final = 10.0
-_DECIMAL: Final = re.compile(r"[0-9]{1,7}(\.[0-9]{1,3})?")
+_LEAST_SLICE_MILLI: Final = 10
+_DECIMAL: Final = re.compile(r"[0-9]{1,7}(\.[0-9]{1,9})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ def read_terms(settings: Settings) -> Terms:
     vcpus = _amount(settings, "GPUBROKER_LOCAL_VCPUS", 1000, _MOST_VCPUS)
     slice_milli = _amount(settings, "GPUBROKER_LOCAL_SLICE_VCPUS", 1000, _MOST_VCPUS) or default.slice_milli
     most = vcpus or capacity.found_vcpus_milli()
-    if slice_milli > most:
-        msg = f"GPUBROKER_LOCAL_SLICE_VCPUS must be at most the {most / 1000:g} vCPUs that there are"
+    if not _LEAST_SLICE_MILLI <= slice_milli <= most:
+        msg = f"GPUBROKER_LOCAL_SLICE_VCPUS must be from 0.01 to the {most / 1000:g} vCPUs that there are"
         raise SetupError(msg)
     return Terms(
         slice_milli=slice_milli,
@@ -69,10 +70,11 @@ def _amount(settings: Settings, name: str, unit: int, most: int) -> int | None:
     text = settings.variable(name)
     if text is None:
         return None
-    if not _DECIMAL.fullmatch(text) or not 0 < Decimal(text) <= most:
-        msg = f"{name} must be a number above 0, at most {most}, with at most three decimals, such as 0.5"
+    amount = Decimal(text) if _DECIMAL.fullmatch(text) else Decimal(0)
+    if int(amount * unit) <= 0 or amount > most:
+        msg = f"{name} must be a decimal number above 0 and at most {most}, such as 0.5"
         raise SetupError(msg)
-    return int(Decimal(text) * unit)
+    return int(amount * unit)
 
 
 def _price(settings: Settings, name: str, default: int) -> int:

@@ -282,7 +282,10 @@ class Supervisor:
             "extend": self._on_extend,
             "exec": self._on_exec,
         }
-        asked[request["do"]](client, request)
+        try:
+            asked[request["do"]](client, request)
+        except (KeyError, TypeError, ValueError) as error:  # a broker of another version: no reason to end a pod
+            client.refuse("invalid_request", f"{type(error).__name__}: {error}")
 
     def _tell(self, client: Client) -> None:
         client.reply(state=self._state._asdict())

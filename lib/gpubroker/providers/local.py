@@ -6,6 +6,7 @@ ends it at its hard stop without us. The adapter has no state: any process with 
 
 import asyncio
 import base64
+import contextlib
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -105,7 +106,8 @@ class Local(Provider):
         except Rejected as refused:
             if refused.code != "no_capacity":
                 raise
-            await self._look_at_all(await _on_disk(folder.live, self.pods))
+            with contextlib.suppress(ProviderError):
+                await self._look_at_all(await _on_disk(folder.live, self.pods))
             await attempt()
 
     async def find_by_ref(self, ref: str) -> Sequence[Instance]:
