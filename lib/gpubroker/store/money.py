@@ -59,8 +59,8 @@ SELECT s.agent_id, s.limit_micro AS limit_usd, s.period, nullif(s.period_start, 
        s.committed_micro - h.held_micro AS spent_usd, h.held_micro AS held_usd,
        (SELECT min(greatest(0, u.limit_micro
                      - CASE WHEN u.period_start >= start_of(u.period, instant()) THEN u.committed_micro ELSE 0 END))
-          FROM budget u WHERE u.agent_id = ANY (s.path)) AS available_usd,
-       greatest(0, s.limit_micro - s.committed_micro) AS own_available_usd,
+          FROM budget u WHERE u.agent_id = ANY (s.path) AND u.limit_micro IS NOT NULL) AS available_usd,
+       CASE WHEN s.limit_micro IS NOT NULL THEN greatest(0, s.limit_micro - s.committed_micro) END AS own_available_usd,
        s.parent_id
   FROM standing s JOIN held h USING (agent_id) ORDER BY s.agent_id"""
 
