@@ -257,9 +257,9 @@ def test_a_hold_that_waited_across_midnight_comes_back_from_where_it_counts(book
 
 def token(books: Books, limit: int | None, parent: str | None = None) -> str:
     return books.value(
-        """INSERT INTO token (jti, org_id, agent_id, actor_id, parent_jti, scopes, limit_micro, expires_at)
-           VALUES (%s, %s, %s, %s, %s, '{}', %s, 'infinity') RETURNING jti""",
-        new_id("tok"), books.org_id, books.agents[-1], books.agents[-1], parent, limit,
+        """INSERT INTO token (jti, org_id, agent_id, actor_id, actors, parent_jti, scopes, limit_micro, expires_at)
+           VALUES (%s, %s, %s, %s, %s, %s, '{}', %s, 'infinity') RETURNING jti""",
+        new_id("tok"), books.org_id, books.agents[-1], books.agents[-1], [books.agents[-1]], parent, limit,
     )  # fmt: skip
 
 
