@@ -3,16 +3,25 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import accounts, errors, idempotency, paging, web
+from gpubroker import accounts, errors, idempotency, paging, pods, signing, store, tokens, web
 from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import (
     Agent,
+    AgentChange,
     AgentRequest,
     AgentWithKey,
+    Introspection,
+    Jwks,
     Key,
     KeyRequest,
     KeyWithSecret,
     Page,
+    Revoked,
+    RotateRequest,
+    ServerMetadata,
+    TokenAnswer,
+    TokenForm,
+    TokenQuestion,
     Whoami,
 )
 from gpubroker.store import accounts as rows
@@ -60,6 +69,22 @@ async def show_agent(call: web.Call[Nothing, NoQuery]) -> web.Answer:
         return web.Answer(await accounts.show_agent(tx, call.path("id")))
 
 
+@api.operation("PATCH", "/v1/agents/{id}", scope="agents:write", body=AgentChange, answers={200: Agent})
+async def change_agent(call: web.Call[AgentChange, NoQuery]) -> web.Answer:
+    """Change an agent of the subtree; of oneself only downwards."""
+    async with call.transaction() as tx:
+        return web.Answer(await accounts.change_agent(tx, call.path("id"), call.body))
+
+
+@api.operation("DELETE", "/v1/agents/{id}", scope="agents:write", answers={200: Agent})
+async def revoke_agent(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Revoke an agent and all below it, and end their pods."""
+    async with call.transaction() as tx:
+        agent, revoked = await accounts.revoke_agent(tx, call.path("id"))
+        await pods.end_pods_of(tx, revoked, "agent_revoked")
+    return web.Answer(agent)
+
+
 @api.operation("POST", "/v1/keys", scope="agents:write", body=KeyRequest, answers={201: KeyWithSecret}, idempotent=True)
 async def create_key(call: web.Call[KeyRequest, NoQuery]) -> web.Answer:
     """Make a further key, shown once."""
@@ -93,11 +118,81 @@ async def revoke_key(call: web.Call[Nothing, NoQuery]) -> web.Answer:
         return web.Answer(await accounts.revoke_key(tx, call.path("id")))
 
 
+@api.operation(
+    "POST",
+    "/v1/keys/{id}/rotate",
+    scope="agents:write",
+    body=RotateRequest,
+    answers={201: KeyWithSecret},
+    idempotent=True,
+)
+async def rotate_key(call: web.Call[RotateRequest, NoQuery]) -> web.Answer:
+    """Replace a key; the old one lives for the overlap."""
+    request = idempotency.Request(call.idempotency_key, f"POST /v1/keys/{call.path('id')}/rotate", call.raw)
+    async with call.transaction() as tx:
+        made = await idempotency.find_made(tx, request)
+        if made is not None:
+            return _replay(await accounts.show_key(tx, made), made, f"/v1/keys/{made}")
+        created = await accounts.rotate_key(tx, call.path("id"), call.body.overlap_seconds)
+        await idempotency.keep(tx, request, created.id)
+    return web.Answer(created, 201, {"Location": f"/v1/keys/{created.id}"})
+
+
+@api.operation("POST", "/v1/token", open=True, form=TokenForm, answers={200: TokenAnswer})
+async def issue_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Issue a short-lived token: OAuth 2 client credentials, or RFC 8693 token exchange."""
+    client = web.read_client(call.request, call.form)
+    issued = await tokens.issue(call.form, tokens.Client(*client) if client else None)
+    return web.Answer(issued, 200, {"Cache-Control": "no-store"})
+
+
+@api.operation("POST", "/v1/introspect", open=True, form=TokenQuestion, answers={200: Introspection})
+async def introspect_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Say what a token is and may do now (RFC 7662)."""
+    caller = await _read_caller(call)
+    return web.Answer(await tokens.introspect(caller, call.form["token"]), 200, {"Cache-Control": "no-store"})
+
+
+@api.operation("POST", "/v1/revoke", open=True, form=TokenQuestion, answers={200: Revoked})
+async def revoke_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Revoke a token or key (RFC 7009); what is none is no error."""
+    caller = await _read_caller(call)
+    await tokens.revoke(caller, call.form["token"])
+    return web.Answer({})
+
+
+@api.operation("GET", "/.well-known/jwks.json", open=True, answers={200: Jwks})
+async def show_keys(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Show the public keys of the tokens."""
+    del call
+    async with store.anonymous() as tx:
+        await signing.ensure_keys(tx.conn)
+        shown = await signing.list_public(tx.conn)
+    return web.Answer({"keys": shown}, 200, {"Cache-Control": "public, max-age=300"})
+
+
+@api.operation("GET", "/.well-known/oauth-authorization-server", open=True, answers={200: ServerMetadata})
+async def show_server(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Describe this authorization server (RFC 8414)."""
+    del call
+    return web.Answer(tokens.describe_server())
+
+
 @api.operation("GET", "/v1/whoami", answers={200: Whoami})
 async def whoami(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Say who calls, with which rights, budget and limits."""
     async with call.transaction() as tx:
         return web.Answer(await accounts.describe_caller(tx))
+
+
+async def _read_caller(call: web.Call[Nothing, NoQuery]) -> store.Credential:
+    """Who asks about a token: a bearer credential, or a client's id and secret. Raises OAuthError or Unauthenticated."""
+    if not call.form.get("token"):
+        raise errors.OAuthError("invalid_request", "token is missing")
+    client = web.read_client(call.request, call.form)
+    if client is None:
+        return await web.read_credential(call.request)
+    return await tokens.authenticate_client(tokens.Client(*client))
 
 
 def _replay(made: Agent | Key, key_id: str, location: str) -> web.Answer:

@@ -12,11 +12,13 @@ from typing import Final
 
 import psycopg
 
-from gpubroker import budgets, errors, keys, store
+from gpubroker import budgets, errors, keys, outbox, store
+from gpubroker.events import AgentData
 from gpubroker.ids import new_id
 from gpubroker.resources import (
     SCOPES,
     Agent,
+    AgentChange,
     AgentRequest,
     AgentWithKey,
     Key,
@@ -127,6 +129,96 @@ async def show_agent(tx: store.Transaction, agent_id: str) -> Agent:
     return agent
 
 
+async def change_agent(tx: store.Transaction, agent_id: str, change: AgentChange) -> Agent:
+    """Change an agent of the subtree.
+
+    Of itself an agent may only lower rights, and only it names its actors and grants. Raises ExceedsParent for more than
+    the parent has, Forbidden, NotFound.
+    """
+    caller = tx.known
+    await show_agent(tx, agent_id)
+    is_self = agent_id == caller.agent_id
+    if not is_self and (change.may_act is not None or change.grants is not None):
+        raise errors.Forbidden("Only the agent itself says who may act for it and what it grants.")
+    path = await rows.find_path(tx.conn, caller.agent_id, agent_id) or []
+    *above, present = await rows.list_rights(tx.conn, path)
+    wanted = await _wanted_rights(tx, change, present, path)
+    is_operator = "admin" in caller.scopes and len(path) == 1
+    if is_self and not is_operator and _is_raised(present, wanted):
+        raise errors.Forbidden(
+            "Nobody may raise a limit, scope or expiry of itself.", hint="Have an agent above do it."
+        )
+    _refuse_excess(present, wanted, above, caller)
+    await rows.change_agent(
+        tx.conn, agent_id, wanted,
+        name=change.name, metadata=change.metadata, may_act=change.may_act, grants=change.grants,
+    )  # fmt: skip
+    return await show_agent(tx, agent_id)
+
+
+async def _wanted_rights(
+    tx: store.Transaction, change: AgentChange, present: rows.AgentRights, path: Sequence[str]
+) -> rows.AgentRights:
+    expires_at = present.expires_at
+    if "expires_in" in change.model_fields_set:
+        expires_at = await _end(tx, path[:-1], change.expires_in)
+    limits = change.limits
+    given = limits.model_fields_set if limits else set[str]()
+    return rows.AgentRights(
+        scopes=present.scopes if change.scopes is None else [scope for scope in SCOPES if scope in change.scopes],
+        expires_at=expires_at,
+        max_pods=limits.max_pods if limits and "max_pods" in given else present.max_pods,
+        max_micro_h=limits.max_usd_per_hour if limits and "max_usd_per_hour" in given else present.max_micro_h,
+        max_creates_min=(
+            limits.max_creates_per_minute if limits and "max_creates_per_minute" in given else present.max_creates_min
+        ),
+    )
+
+
+def _is_raised(present: rows.AgentRights, wanted: rows.AgentRights) -> bool:
+    pairs = [
+        (present.max_pods, wanted.max_pods),
+        (present.max_micro_h, wanted.max_micro_h),
+        (present.max_creates_min, wanted.max_creates_min),
+    ]
+    is_later = present.expires_at is not None and (wanted.expires_at is None or wanted.expires_at > present.expires_at)
+    is_wider = not set(wanted.scopes) <= set(present.scopes)
+    return is_later or is_wider or any(old is not None and (new is None or new > old) for old, new in pairs)
+
+
+def _refuse_excess(
+    present: rows.AgentRights, wanted: rows.AgentRights, above: Sequence[rows.AgentRights], caller: store.Caller
+) -> None:
+    """Raise ExceedsParent for what is asked anew and is more than an agent above, or the caller's credential, has."""
+    given = [set(agent.scopes) for agent in above] + [set(caller.scopes)]
+    found = [
+        {"pointer": "/scopes", "message": f"{scope} is not among the rights above it"}
+        for scope in wanted.scopes
+        if scope not in present.scopes and any(scope not in scopes for scopes in given)
+    ]
+    named = {"max_pods": "max_pods", "max_micro_h": "max_usd_per_hour", "max_creates_min": "max_creates_per_minute"}
+    for column, name in named.items():
+        limits = [limit for agent in above if (limit := getattr(agent, column)) is not None]
+        new = getattr(wanted, column)
+        if new is not None and new != getattr(present, column) and limits and new > min(limits):
+            found.append({"pointer": f"/limits/{name}", "message": "is more than an agent above it has"})
+    if found:
+        raise errors.ExceedsParent("A child cannot have more than its parent.", more={"errors": found})
+
+
+async def revoke_agent(tx: store.Transaction, agent_id: str) -> tuple[Agent, list[str]]:
+    """Revoke an agent of the subtree and all below it; names whom. Raises Forbidden for oneself and the root."""
+    if agent_id == tx.known.agent_id or agent_id == tx.known.path[0]:
+        await show_agent(tx, agent_id)
+        raise errors.Forbidden("An agent cannot be deleted by itself, and the root not at all.")
+    await show_agent(tx, agent_id)
+    revoked = await rows.revoke_agents(tx.conn, agent_id)
+    for revoked_id in revoked:
+        data = AgentData(agent_id=revoked_id, by=tx.known.agent_id)
+        await outbox.write(tx, "agent.revoked", revoked_id, data, tenant=tx.known.org_id, agent_id=revoked_id)
+    return await show_agent(tx, agent_id), revoked
+
+
 async def describe_caller(tx: store.Transaction) -> Whoami:
     """Who the caller is: agent, organisation, the rights of its credential now, its budget."""
     caller = tx.known
@@ -167,6 +259,22 @@ async def show_key(tx: store.Transaction, key_id: str) -> Key:
     if key is None:
         raise errors.NotFound
     return key
+
+
+async def rotate_key(tx: store.Transaction, key_id: str, overlap_seconds: int) -> KeyWithSecret:
+    """Replace a key by a new one with the same rights; the old one lives that much longer. Raises NotFound, Forbidden."""
+    old = await show_key(tx, key_id)
+    caller = tx.known
+    beyond = [scope for scope in old.scopes if scope not in caller.scopes]
+    if beyond:
+        raise errors.Forbidden(f"That key has rights that the caller lacks: {', '.join(beyond)}.")
+    if old.revoked_at is not None:
+        raise errors.Conflict("That key is revoked.", hint="Make a new key with POST /v1/keys.")
+    row, text = _make_key(caller.org_id, old.agent_id, old.name, old.scopes, old.expires_at)
+    await rows.add_key(tx.conn, row)
+    await rows.replace_key(tx.conn, key_id, row.id, overlap_seconds)
+    made = await show_key(tx, row.id)
+    return KeyWithSecret(**dict(made), key=NewKey(id=row.id, key=text))
 
 
 async def revoke_key(tx: store.Transaction, key_id: str) -> Key:

@@ -32,7 +32,10 @@ class Function:
 FUNCTIONS: Final = (
     Function(
         "auth", "public", "agents, keys, tokens",
-        paths=("/v1/agents", "/v1/keys", "/v1/whoami"),
+        paths=(
+            "/v1/agents", "/v1/keys", "/v1/whoami", "/v1/token", "/v1/introspect", "/v1/revoke",
+            "/.well-known/jwks.json", "/.well-known/oauth-authorization-server",
+        ),
     ),
     Function("offers", "public", "search of what can be rented", paths=("/v1/offers",)),
     Function(

@@ -27,6 +27,7 @@ GpubrokerError
 │   │   └── NotSupported        the provider cannot do it, ever
 │   ├── RateLimited             429
 │   ├── Internal                500, shows nothing
+│   ├── OAuthError              400 or 401 of /v1/token, /v1/introspect, /v1/revoke, in the words of their RFCs
 │   ├── ProviderFailed          502, the provider answered with a fault
 │   └── Unavailable             503
 ├── ProviderError               between an adapter and its callers, never answered as it stands
@@ -248,6 +249,17 @@ class RateLimited(Problem):
 
     status, slug, title, retryable = 429, "rate_limited", "Too many requests", True
     hint = "Wait Retry-After seconds."
+
+
+class OAuthError(Problem):
+    """What RFC 6749, 7009, 7662 and 8693 call an error: `{"error", "error_description"}`."""
+
+    status, slug, title = 400, "invalid_request", "The token request is not valid"
+
+    def __init__(self, error: str, detail: str) -> None:
+        super().__init__(detail)
+        self.error = error
+        self.is_client_unknown = error == "invalid_client"
 
 
 class Internal(Problem):

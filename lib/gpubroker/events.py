@@ -54,6 +54,13 @@ class UsageData(Data):
     spent_usd: Usd
 
 
+class AgentData(Data):
+    """An agent, and the one that acted on it."""
+
+    agent_id: str
+    by: str
+
+
 class OffersData(Data):
     """A refresh of one provider's offers."""
 
@@ -100,6 +107,7 @@ EVENTS: Final = (
     EventType("pod.terminating", PodData, ("pods", "reconcile"), ("provisioning",), "The pod's end is wanted."),
     EventType("pod.terminated", PodData, _DRIVERS, (), "The instance is gone by evidence, billed, and the hold is closed."),
     EventType("usage.recorded", UsageData, ("metering", "reconcile"), (), "An instance was billed up to a moment."),
+    EventType("agent.revoked", AgentData, ("auth",), (), "The agent's credentials are refused from now on; its pods end."),
     EventType("offers.refreshed", OffersData, ("catalog",), (), "A provider's offers changed."),
     EventType("provider.unhealthy", ProviderData, ("catalog", "reconcile"), (), "A provider fails, or is not believed."),
 )  # fmt: skip

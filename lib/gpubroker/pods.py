@@ -408,6 +408,14 @@ async def end_pod(tx: store.Transaction, pod: rows.PodView, because: str) -> boo
     return True
 
 
+async def end_pods_of(tx: store.Transaction, agent_ids: Sequence[str], because: str) -> int:
+    """Want the end of every live pod of these agents of the caller's subtree; how many that were."""
+    ids = await rows.list_live_of(tx.conn, agent_ids)
+    for pod_id in ids:
+        await end_pod(tx, await _lock(tx, pod_id), because)
+    return len(ids)
+
+
 async def end_all(because: str, provider: str) -> int:
     """Want the end of every live pod whose first choice is an offer of this provider; how many that were."""
     async with store.worker() as tx:

@@ -132,6 +132,36 @@ class AgentRequest(Input):
     metadata: Metadata = Field(default_factory=dict)
 
 
+class LimitsRequest(Input):
+    """Limits beside the budget; null takes one away."""
+
+    max_pods: int | None = Field(default=None, ge=0, le=10**6)
+    max_usd_per_hour: InUsd | None = None
+    max_creates_per_minute: int | None = Field(default=None, ge=0, le=10**6)
+
+
+class AgentChange(Input):
+    """What changes of an agent; what is left out stays. Nobody raises a limit, scope or expiry of itself."""
+
+    name: Name | None = None
+    metadata: Metadata | None = None
+    scopes: Scopes | None = None
+    expires_in: ExpiresIn | None = Field(default=None, description="Seconds from now; null: the parent's expiry.")
+    may_act: Annotated[list[Annotated[str, Field(max_length=40)]], Field(max_length=64)] | None = Field(
+        default=None, description="Agents that may act for this one; only it may name them."
+    )
+    grants: Annotated[list[Literal["logs", "exec"]], Field(max_length=2), AfterValidator(_distinct)] | None = Field(
+        default=None, description="What agents above may do with its pods; only it may grant that."
+    )
+    limits: LimitsRequest | None = None
+
+
+class RotateRequest(Input):
+    """How long the old key lives beside the new one."""
+
+    overlap_seconds: int = Field(default=0, ge=0, le=30 * 86400)
+
+
 class KeyRequest(Input):
     """A further key of the caller's agent or of one below it."""
 
@@ -139,6 +169,85 @@ class KeyRequest(Input):
     name: Name
     scopes: Scopes | None = Field(default=None, description="Omitted: all that the caller may give.")
     expires_in: ExpiresIn | None = None
+
+
+class TokenForm(BaseModel):
+    """The fields of a token request: RFC 6749 client credentials, or RFC 8693 token exchange."""
+
+    grant_type: str
+    client_id: str | None = Field(default=None, description="The agent's id; or HTTP Basic.")
+    client_secret: str | None = Field(default=None, description="One of the agent's API keys; or HTTP Basic.")
+    subject_token: str | None = Field(default=None, description="A token or API key of whoever pays.")
+    subject_token_type: str | None = None
+    actor_token: str | None = Field(default=None, description="A token or API key of whoever acts; omitted: as before.")
+    actor_token_type: str | None = None
+    scope: str | None = None
+    audience: str | None = None
+    expires_in: int | None = Field(default=None, description="At most an hour.")
+    budget_usd: str | None = Field(default=None, description="What may be held with this token and all made from it.")
+
+
+class TokenAnswer(Output):
+    """A token."""
+
+    access_token: str
+    token_type: Literal["Bearer"]
+    expires_in: int
+    scope: str
+    issued_token_type: str | None = None
+
+
+class TokenQuestion(BaseModel):
+    """A token or API key, and who asks: a bearer credential, HTTP Basic, or both fields here."""
+
+    token: str
+    token_type_hint: str | None = None
+    client_id: str | None = None
+    client_secret: str | None = None
+
+
+class Introspection(Output):
+    """RFC 7662. Only `active` when it is false."""
+
+    active: bool
+    scope: str | None = None
+    sub: str | None = None
+    client_id: str | None = None
+    token_type: str | None = None
+    org: str | None = None
+    exp: int | None = None
+    iat: int | None = None
+    iss: str | None = None
+    aud: str | None = None
+    jti: str | None = None
+    act: dict[str, Any] | None = None
+
+
+class Revoked(Output):
+    """RFC 7009 says nothing in its answer."""
+
+
+class Jwks(Output):
+    """RFC 7517."""
+
+    keys: list[dict[str, Any]]
+
+
+class ServerMetadata(Output):
+    """RFC 8414."""
+
+    issuer: str
+    token_endpoint: str
+    jwks_uri: str
+    introspection_endpoint: str
+    revocation_endpoint: str
+    scopes_supported: list[str]
+    response_types_supported: list[str]
+    grant_types_supported: list[str]
+    token_endpoint_auth_methods_supported: list[str]
+    introspection_endpoint_auth_methods_supported: list[str]
+    revocation_endpoint_auth_methods_supported: list[str]
+    service_documentation: str
 
 
 class Organisation(Output):

@@ -4,6 +4,7 @@ A function's main.py declares operations on an `Api`; the same models validate, 
 gets a `Call` and returns an `Answer`; whatever it raises becomes a problem document (RFC 9457).
 """
 
+import base64
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Final, Generic, TypeVar, cast
+from urllib.parse import parse_qsl, unquote_plus
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -20,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from gpubroker import bundle, config, errors, keys, outbox, store
+from gpubroker import bundle, config, errors, keys, outbox, signing, store
 from gpubroker.ids import new_id
 from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
 
@@ -65,6 +67,8 @@ class Operation:
     query: type[Query] = NoQuery
     answers: Mapping[int, Any] = field(default_factory=dict[int, Any])
     idempotent: bool = False
+    form: type[BaseModel] | None = None
+    """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""
 
 
 class Call(Generic[B, Q]):
@@ -78,6 +82,7 @@ class Call(Generic[B, Q]):
         self.idempotency_key: str | None = None
         self.raw: object = None
         """The body as parsed, for the MAC of an Idempotency-Key."""
+        self.form: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         """Headers for whatever answer there will be."""
         self._body: Input = Nothing()
@@ -105,8 +110,11 @@ class Call(Generic[B, Q]):
 
     async def read(self) -> None:
         """Take the request in: credential, key, query, body. What is wrong with it is only said to who may know."""
+        if self.operation.form is not None:
+            self.form = await _parse_form(self.request)
+            return
         if not self.operation.open:
-            self.credential = read_credential(self.request)
+            self.credential = await read_credential(self.request)
         try:
             self._query = _parse_query(self.request, self.operation.query)
             self.idempotency_key = _parse_key(self.request) if self.operation.idempotent else None
@@ -146,13 +154,14 @@ class Api(Served):
         query: type[Q] = NoQuery,
         answers: Mapping[int, Any],
         idempotent: bool = False,
+        form: type[BaseModel] | None = None,
     ) -> Callable[[Callable[[Call[B, Q]], Awaitable[Handled]]], Callable[[Call[B, Q]], Awaitable[Handled]]]:
         """Declare an operation; its handler's docstring is its summary."""
 
         def declare(handler: Callable[[Call[B, Q]], Awaitable[Handled]]) -> Callable[[Call[B, Q]], Awaitable[Handled]]:
             summary = (handler.__doc__ or "").strip().splitlines()[0]
             self.operations.append(
-                Operation(method, path, handler, summary, scope, open, body, query, dict(answers), idempotent)
+                Operation(method, path, handler, summary, scope, open, body, query, dict(answers), idempotent, form)
             )
             return handler
 
@@ -240,20 +249,51 @@ async def _show_errors(call: Call[Any, Any]) -> Response:
 # Reading a request
 
 
-def read_credential(request: Request) -> store.Credential:
-    """Find the credential in `Authorization: Bearer` or `X-API-Key`. Raises Unauthenticated when there is none."""
+async def read_credential(request: Request) -> store.Credential:
+    """Find the credential in `Authorization: Bearer` or `X-API-Key`. Raises Unauthenticated when there is none that can be."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    key = request.headers.get("x-api-key")
     if scheme and scheme.lower() != "bearer":
         raise errors.Unauthenticated("The Authorization header is not a Bearer credential.", headers=_CHALLENGE)
-    text = given.strip() or key
+    text = given.strip() or request.headers.get("x-api-key")
     if not text:
         raise errors.Unauthenticated(headers=_CHALLENGE)
-    if not keys.is_key(text):
-        raise errors.Unauthenticated(
-            headers={"WWW-Authenticate": _CHALLENGE["WWW-Authenticate"] + ', error="invalid_token"'}
-        )
-    return store.Credential(key_hash=keys.hash_key(text))
+    if keys.is_key(text):
+        return store.Credential(key_hash=keys.hash_key(text))
+    if text.count(".") == 2:  # noqa: PLR2004 - a JWT has three parts
+        claims = await signing.verify(text)
+        return store.Credential(jti=str(claims["jti"]))
+    raise errors.Unauthenticated(
+        headers={"WWW-Authenticate": _CHALLENGE["WWW-Authenticate"] + ', error="invalid_token"'}
+    )
+
+
+def read_client(request: Request, form: Mapping[str, str]) -> tuple[str, str] | None:
+    """The client id and secret of RFC 6749: HTTP Basic, or both in the form. Raises OAuthError for a broken header."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            client_id, _, secret = base64.b64decode(given.strip(), validate=True).decode().partition(":")
+        except ValueError:
+            raise errors.OAuthError("invalid_client", "the Authorization header is not HTTP Basic") from None
+        return unquote_plus(client_id), unquote_plus(secret)
+    if form.get("client_id") and form.get("client_secret"):
+        return form["client_id"], form["client_secret"]
+    return None
+
+
+async def _parse_form(request: Request) -> dict[str, str]:
+    raw = await read_body(request)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/x-www-form-urlencoded":
+        raise errors.OAuthError("invalid_request", "the body must be application/x-www-form-urlencoded")
+    try:
+        pairs = parse_qsl(raw.decode("ascii"), keep_blank_values=True, strict_parsing=bool(raw), max_num_fields=64)
+    except ValueError:
+        raise errors.OAuthError("invalid_request", "the body is not a form") from None
+    form = dict(pairs)
+    if len(form) < len(pairs) or any("\x00" in value for value in form.values()):
+        raise errors.OAuthError("invalid_request", "a parameter comes twice, or holds a NUL character")
+    return form
 
 
 def _parse_key(request: Request) -> str | None:
@@ -425,7 +465,9 @@ def as_problem(error: Exception, request_id: str) -> errors.Problem:
 
 
 def render_problem(problem: errors.Problem, request_id: str) -> Response:
-    """Write a problem document."""
+    """Write a problem document, or for OAuth the error that its RFCs say."""
+    if isinstance(problem, errors.OAuthError):
+        return _render_oauth(problem)
     body: dict[str, object] = {
         "type": f"{config.settings().public_url}{_ERRORS_PATH}#{problem.slug}",
         "title": problem.title,
@@ -445,6 +487,13 @@ def render_problem(problem: errors.Problem, request_id: str) -> Response:
         headers=problem.headers,
         media_type="application/problem+json",
     )
+
+
+def _render_oauth(problem: errors.OAuthError) -> Response:
+    content = json.dumps({"error": problem.error, "error_description": problem.detail}).encode()
+    headers = {"Cache-Control": "no-store"} | ({"WWW-Authenticate": "Basic"} if problem.is_client_unknown else {})
+    status = 401 if problem.is_client_unknown else problem.status
+    return Response(content, status_code=status, headers=headers, media_type="application/json")
 
 
 def _as_json(value: object) -> object:

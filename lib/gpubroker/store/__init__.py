@@ -149,6 +149,13 @@ async def worker() -> AsyncGenerator[Transaction]:
 
 
 @asynccontextmanager
+async def anonymous() -> AsyncGenerator[Transaction]:
+    """A transaction of nobody yet: it sees no organisation's rows before `authenticate`."""
+    async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
+        yield tx
+
+
+@asynccontextmanager
 async def public(credential: Credential, scope: str | None) -> AsyncGenerator[Transaction]:
     """A transaction of the caller whose credential this is, within its organisation.
 
@@ -184,13 +191,18 @@ async def _transaction(tx: Transaction, begin: LiteralString) -> AsyncGenerator[
 
 
 _AUTHENTICATE_KEY: Final = "SELECT key_id, org_id, agent_id, path, scopes, plan FROM authenticate(%s, %s)"
+_AUTHENTICATE_JWT: Final = """
+SELECT key_id, org_id, agent_id, path, scopes, plan, jti, actors FROM authenticate_token(%s, %s)"""
 
 
 async def authenticate(conn: Connection, credential: Credential, scope: str | None) -> Caller:
     """Find out who calls, and set its organisation for the row-level policies of this transaction."""
     try:
         cursor = conn.cursor(row_factory=class_row(Caller))
-        await cursor.execute(_AUTHENTICATE_KEY, (credential.key_hash, scope))
+        if credential.jti is None:
+            await cursor.execute(_AUTHENTICATE_KEY, (credential.key_hash, scope))
+        else:
+            await cursor.execute(_AUTHENTICATE_JWT, (credential.jti, scope))
     except psycopg.Error as error:
         raise refusal(error) from None
     caller = await cursor.fetchone()

@@ -126,6 +126,67 @@ async def list_agents(conn: Connection, above: str, after: str | None, limit: in
     return await cursor.fetchall()
 
 
+@dataclass(frozen=True, slots=True)
+class AgentRights:
+    """What an agent was given, without what its path leaves of it."""
+
+    scopes: list[str]
+    expires_at: datetime | None
+    max_pods: int | None
+    max_micro_h: int | None
+    max_creates_min: int | None
+
+
+_FIND_RIGHTS: Final = """
+SELECT scopes, expires_at, max_pods, max_micro_h, max_creates_min FROM agent WHERE id = ANY (%s) ORDER BY cardinality(path)"""
+
+
+async def list_rights(conn: Connection, path: Sequence[str]) -> list[AgentRights]:
+    """The rights of each agent of a path, the root first."""
+    cursor = conn.cursor(row_factory=class_row(AgentRights))
+    await cursor.execute(_FIND_RIGHTS, (list(path),))
+    return await cursor.fetchall()
+
+
+_CHANGE_AGENT: Final = """
+UPDATE agent SET name = coalesce(%(name)s, name), metadata = coalesce(%(metadata)s, metadata),
+       may_act = coalesce(%(may_act)s, may_act), grants = coalesce(%(grants)s, grants), scopes = %(scopes)s,
+       expires_at = %(expires_at)s, max_pods = %(max_pods)s, max_micro_h = %(max_micro_h)s, max_creates_min = %(max_creates_min)s
+ WHERE id = %(id)s"""
+
+
+async def change_agent(
+    conn: Connection,
+    agent_id: str,
+    rights: AgentRights,
+    *,
+    name: str | None,
+    metadata: Mapping[str, object] | None,
+    may_act: Sequence[str] | None,
+    grants: Sequence[str] | None,
+) -> None:
+    """Write an agent's rights, and of the rest what is given."""
+    parameters: dict[str, object] = {name: getattr(rights, name) for name in AgentRights.__slots__}
+    parameters |= {
+        "id": agent_id,
+        "name": name,
+        "metadata": None if metadata is None else Jsonb(metadata, dumps=_dump),
+        "may_act": None if may_act is None else list(may_act),
+        "grants": None if grants is None else list(grants),
+    }
+    await conn.execute(_CHANGE_AGENT, parameters)
+
+
+_REVOKE_AGENTS: Final = """
+UPDATE agent a SET revoked_at = clock_timestamp() FROM agent_path p
+ WHERE p.ancestor_id = %s AND p.agent_id = a.id AND a.revoked_at IS NULL RETURNING a.id"""
+
+
+async def revoke_agents(conn: Connection, above: str) -> list[str]:
+    """Revoke an agent and all below it: every credential of theirs is refused from COMMIT on. Names those it revoked."""
+    return [str(row[0]) for row in await (await conn.execute(_REVOKE_AGENTS, (above,))).fetchall()]
+
+
 _FIND_PATH: Final = """
 SELECT a.path FROM agent a JOIN agent_path p ON p.agent_id = a.id WHERE p.ancestor_id = %s AND a.id = %s"""
 
@@ -213,6 +274,16 @@ async def list_keys(conn: Connection, above: str, agent_id: str | None, after: s
     cursor = conn.cursor(row_factory=class_row(Key))
     await cursor.execute(_LIST_KEYS, {"above": above, "agent": agent_id, "after": after, "limit": limit})
     return await cursor.fetchall()
+
+
+_REPLACE_KEY: Final = """
+UPDATE key SET replaced_by = %(new)s, expires_at = least(expires_at, clock_timestamp() + %(overlap)s * interval '1 second')
+ WHERE id = %(old)s"""
+
+
+async def replace_key(conn: Connection, old_id: str, new_id: str, overlap_seconds: int) -> None:
+    """A new key stands for an old one, which lives on for the overlap at the most."""
+    await conn.execute(_REPLACE_KEY, {"old": old_id, "new": new_id, "overlap": overlap_seconds})
 
 
 _REVOKE_KEY: Final = "UPDATE key SET revoked_at = clock_timestamp() WHERE id = %s AND revoked_at IS NULL"

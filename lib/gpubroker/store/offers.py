@@ -68,6 +68,7 @@ class Question:
     limit: int = 50
 
 
+_OF_ACCOUNT: Final = " JOIN provider_account p ON p.id = o.account_id AND p.refreshed_at IS NOT NULL"
 _WITHIN: Final = "SELECT o.* FROM offer o WHERE o.gpu = s.gpu AND o.gpu_count = s.gpu_count AND o.gone_at IS NULL"
 _PLAIN_PRICE: Final = "o.price_micro_h <= %(max_price_usd_per_hour)s"
 _SHAPES: Final[Mapping[str, LiteralString]] = {
@@ -85,7 +86,9 @@ async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]
     rules: LiteralString = _OPEN + (_AVAILABLE if question.available else "")
     for name in question.filters:
         if name not in shaping:
-            rules += " AND " + (_PLAIN_PRICE if name == "max_price_usd_per_hour" and not question.disk_gb else FILTERS[name])
+            rules += " AND " + (
+                _PLAIN_PRICE if name == "max_price_usd_per_hour" and not question.disk_gb else FILTERS[name]
+            )
     if question.after is not None:
         rules += " AND (" + by + ", o.id) " + ("<" if question.descending else ">") + " (%(after_value)s, %(after_id)s)"
     way = " DESC" if question.descending else ""
@@ -96,7 +99,7 @@ async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]
         for name in shaping:
             shape += " AND " + _SHAPES[name]
         source: LiteralString = " FROM (" + shape + ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order + ") o"
-        sql: LiteralString = columns + source + " JOIN provider_account p ON p.id = o.account_id AND p.refreshed_at IS NOT NULL" + order
+        sql: LiteralString = columns + source + _OF_ACCOUNT + order
     else:
         sql = columns + _FROM + rules + order
     return await _fetch(conn, sql, question)

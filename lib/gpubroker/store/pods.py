@@ -199,6 +199,14 @@ _OF_PROVIDER: Final = """
 SELECT id FROM pod WHERE state <> 'terminated' AND wanted <> 'gone' AND candidates -> 0 ->> 'provider' = %s ORDER BY id"""
 
 
+_LIVE_OF: Final = "SELECT id FROM pod WHERE agent_id = ANY (%s) AND wanted <> 'gone' ORDER BY id"
+
+
+async def list_live_of(conn: Connection, agent_ids: Sequence[str]) -> list[str]:
+    """The pods of these agents whose end nobody wants yet."""
+    return [str(row[0]) for row in await (await conn.execute(_LIVE_OF, (list(agent_ids),))).fetchall()]
+
+
 async def find_any_pod(conn: Connection, pod_id: str) -> PodView | None:
     """A pod of any organisation, locked: for workers."""
     cursor = conn.cursor(row_factory=class_row(PodView))
