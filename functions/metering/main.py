@@ -12,7 +12,7 @@ from gpubroker.store import events as rows
 async def bill_pod(event: Incoming) -> None:
     """Bill the pod that the event is about, in the transaction that finishes the delivery."""
     async with store.worker() as tx:
-        if event.subject is not None and await rows.finish_delivery(tx, event.id, "metering"):
+        if event.subject is not None and await rows.finish_delivery(tx, event.id, "metering", event.subject):
             await domain.bill_pod(tx, event.subject)
 
 

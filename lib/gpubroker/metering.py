@@ -17,9 +17,10 @@ async def bill_pod(tx: store.Transaction, pod_id: str) -> int:
     """Bill a pod's instances up to when they were last seen. Returns what its agent was charged, micro-USD."""
     charged = 0
     for instance_id, seen_at in await rows.list_billable(tx.conn, pod_id):
-        charged += await money_rows.bill(tx.conn, instance_id, seen_at)
-        if charged:
+        paid = await money_rows.bill(tx.conn, instance_id, seen_at)
+        if paid:
             await _record(tx, instance_id)
+        charged += paid
     return charged
 
 

@@ -102,8 +102,18 @@ def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one s
     if pod.wanted == "stopped":
         if instance.life in ("running", "starting"):
             return Step.STOP
-        return Step.REST if instance.life in ("stopped", "interrupted") else Step.LOOK
+        return _next_resting_step(work, instance, rests=instance.life in ("stopped", "interrupted"))
     return _next_running_step(work, instance)
+
+
+def _next_resting_step(work: Work, instance: InstanceRow, *, rests: bool) -> Step:
+    """Nothing is to be changed but the provider's own end of it; what a listing lacked is looked at."""
+    hard_stop_at = work.pod.hard_stop_at.replace(microsecond=0)  # providers and references know whole seconds
+    if not rests or instance.missed_since is not None:
+        return Step.LOOK
+    if instance.hard_stop_at is not None and instance.hard_stop_at < hard_stop_at and _can(work, "moves_hard_stop"):
+        return Step.EXTEND
+    return Step.REST
 
 
 def _next_attempt(work: Work) -> Step:
@@ -116,13 +126,10 @@ def _next_running_step(work: Work, instance: InstanceRow) -> Step:
         return Step.START
     if instance.life == "failed" or _is_boot_over(work, instance):
         return _next_attempt(work)
-    if instance.life != "running":
-        return Step.LOOK
-    if pod.is_restart_pending:
+    is_unreachable = instance.life == "unknown" and instance.started_at is not None
+    if pod.is_restart_pending and (instance.life == "running" or is_unreachable):
         return Step.RESTART
-    if instance.hard_stop_at is not None and instance.hard_stop_at < pod.hard_stop_at and _can(work, "moves_hard_stop"):
-        return Step.EXTEND
-    return Step.REST if pod.state == "running" else Step.LOOK
+    return _next_resting_step(work, instance, rests=instance.life == "running" and pod.state == "running")
 
 
 def _is_boot_over(work: Work, instance: InstanceRow) -> bool:
@@ -162,11 +169,11 @@ class Driver:
     async def drive(self, pod_id: str, *, event_id: str | None = None, consumer: str = "provisioning") -> bool:
         """Do the one step that is due; false when none is, or another driver has it.
 
-        With an event, its delivery is finished in the transaction of the claim.
+        With an event, its delivery is finished in the transaction of the claim; one that nobody waits for does nothing.
         """
         async with store.worker() as tx:
-            if event_id is not None:
-                await event_rows.finish_delivery(tx, event_id, consumer)
+            if event_id is not None and not await event_rows.finish_delivery(tx, event_id, consumer, pod_id):
+                return False
             pod = await rows.claim_pod(tx.conn, pod_id)
             if pod is None:
                 return False
@@ -175,6 +182,8 @@ class Driver:
         log.debug("%s: %s (%s, wanted %s)", pod_id, step.name, pod.state, pod.wanted)
         try:
             await self._steps[step](work)
+        except errors.InstanceNotFound as error:
+            await self._doubt_instance(work, error)
         except (errors.ProviderError, errors.SetupError, TimeoutError, OSError) as error:
             await self._put_off(work, error)
         return True
@@ -182,7 +191,8 @@ class Driver:
     async def drive_on(self, pod_id: str, *, event_id: str | None = None, seconds: float = 25.0) -> None:
         """Drive a pod as long as its next step is due within moments: what is quick happens at once."""
         deadline = time.monotonic() + seconds
-        await self.drive(pod_id, event_id=event_id)
+        if not await self.drive(pod_id, event_id=event_id):
+            return
         while time.monotonic() < deadline:
             async with store.worker() as tx:
                 due_in = await pod_rows.due_in(tx.conn, pod_id)
@@ -212,10 +222,12 @@ class Driver:
 
     async def _give_up(self, work: Work) -> None:
         """No offer is left to try: the pod failed, and goes on to its end."""
+        if await self._runs_after_all(work):
+            return
         refused = [attempt for attempt in work.attempts if attempt.code == "no_capacity"]
         because = "no_capacity" if refused and len(refused) == len(work.attempts) else "provisioning_failed"
         last = work.attempt
-        reason = f"{last.provider}: {last.code}" if last else "no offer was left to try"
+        reason = f"{last.provider}: {last.code or 'it did not start'}" if last else "no offer was left to try"
         async with store.worker() as tx:
             pod = await rows.lock_pod(tx.conn, work.pod.id)
             if pod.wanted != "running" or pod.turn != work.pod.turn:
@@ -232,6 +244,8 @@ class Driver:
 
     async def _attempt(self, work: Work) -> None:
         """Commit the attempt with its reference, then ask the provider, then commit the outcome."""
+        if await self._runs_after_all(work):
+            return
         spec = read_spec(work.pod)
         begun = time.monotonic()
         opened = await self._open_attempt(work)
@@ -260,6 +274,21 @@ class Driver:
             await _make_ambiguous(work, attempt, type(error).__name__, str(error))
         else:
             await self._record_birth(attempt, created, asked_at)
+
+    async def _runs_after_all(self, work: Work) -> bool:
+        """Before an instance is given up, one more look: nobody may have looked for as long as it took to boot."""
+        if work.instance is None:
+            return False
+        attempt, adapter, instance = self._parts(work)
+        asked_at = await _read_instant()
+        try:
+            seen = await _limited(attempt, adapter.get(instance.provider_instance_id))
+        except (errors.ProviderError, TimeoutError, OSError):
+            return False
+        if seen.life != "running":
+            return False
+        await self._apply(work, seen, asked_at)
+        return True
 
     async def _open_attempt(self, work: Work) -> tuple[AttemptRow, base.Provider] | None:
         candidate = work.untried[0]
@@ -394,16 +423,17 @@ class Driver:
             instance = await rows.lock_live(tx.conn, pod.id)
             if instance is None:
                 return
-            sent = instance.terminate_sent_at or (pod.now if life == "terminating" else None)
-            await rows.save_instance(
-                tx.conn, replace(instance, life=life, commanded_at=pod.now, terminate_sent_at=sent)
-            )
+            told = replace(instance, life=life, commanded_at=pod.now)
+            if life == "terminating" and instance.terminate_sent_at is None:  # what was missed before is other evidence
+                told = replace(
+                    told, terminate_sent_at=pod.now, misses=0, missed_since=None, terminal_seen_at=None
+                )  # fmt: skip
+            await rows.save_instance(tx.conn, told)
             if restarted is not None:
                 await sightings.save(
                     tx, pod, replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted))
                 )
-        fresh = replace(work, instance=replace(instance, life=life, commanded_at=pod.now))
-        await self._get(fresh)
+        await self._get(replace(work, instance=told))
 
     async def _apply(self, work: Work, seen: base.Instance | None, asked_at: datetime) -> None:
         """Take in an answer about the pod's instance; None: the provider knows no such instance."""
@@ -443,6 +473,14 @@ class Driver:
                 replace(pod, state="terminated", billing="none", due_at=None, env_sealed=None, terminated_at=pod.now,
                         ends_because=pod.ends_because or "requested"),
             )  # fmt: skip
+
+    async def _doubt_instance(self, work: Work, error: errors.InstanceNotFound) -> None:
+        """A command found no such instance: a look says more, and then the command is tried again later."""
+        try:
+            await self._get(work)
+        except (errors.ProviderError, errors.SetupError, TimeoutError, OSError):
+            log.warning("%s: it cannot be looked at either", work.pod.id)
+        await self._put_off(work, error)
 
     async def _put_off(self, work: Work, error: Exception) -> None:
         """A call failed and changed nothing that we know of: again later, ever more slowly."""
@@ -568,6 +606,8 @@ async def adopt(
         attempt=attempt, hard_stop_at=_hard_stop(attempt, seen),
     )  # fmt: skip
     if not fits:
+        if seen is not None and seen.life != "gone" and instance.gone_at is not None and asked_at > instance.gone_at:
+            instance = await sightings.revive(tx, instance, asked_at)
         if not is_same and instance.role == "stray":
             await sightings.charge_installation(tx, instance, attempt)
         return
@@ -591,7 +631,11 @@ def _hard_stop(attempt: AttemptRow, seen: base.Instance | None) -> datetime:
 async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Rejected) -> None:
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
-        await rows.settle_attempt(tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail)
+        if not await rows.settle_attempt(
+            tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail
+        ):  # the sweep knew better, or gave it up: this answer is too late to say anything of the pod
+            await rows.wake_pod(tx.conn, pod.id)
+            return
         after = replace(pod, due_at=pod.now, state_reason=f"{attempt.provider}: {rejection.code}")
         if not rejection.try_next_offer and pod.wanted == "running":
             after = replace(
@@ -606,7 +650,7 @@ async def _make_ambiguous(work: Work, attempt: AttemptRow, code: str, detail: st
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
         await rows.settle_attempt(tx.conn, attempt.id, "ambiguous", code=code, detail=detail, leaving=("open",))
-        await rows.save_pod(tx.conn, replace(pod, due_at=pod.now))
+        await rows.wake_pod(tx.conn, pod.id)
 
 
 async def _abandon(work: Work, attempt: AttemptRow) -> None:
@@ -616,7 +660,7 @@ async def _abandon(work: Work, attempt: AttemptRow) -> None:
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
         await rows.settle_attempt(tx.conn, attempt.id, "abandoned", hold_until=until, leaving=("ambiguous",))
-        await rows.save_pod(tx.conn, replace(pod, due_at=pod.now))
+        await rows.wake_pod(tx.conn, pod.id)
 
 
 async def _wait_for_births(tx: store.Transaction, pod: PodRow, attempts: list[AttemptRow]) -> datetime | None:

@@ -4,6 +4,7 @@ Drivers and the sweep bring their sightings here; arrival order decides nothing.
 one, or before the last command, says nothing about the present and is dropped. Unknown is never running, silence is never gone.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -15,6 +16,8 @@ from gpubroker.providers import base
 from gpubroker.store import instances as rows
 from gpubroker.store import money as money_rows
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
+
+log = logging.getLogger("gpubroker.sightings")
 
 TWO_LOOKS: Final = timedelta(seconds=60)
 """Two answers that an instance is gone must be so far apart."""
@@ -110,15 +113,15 @@ async def charge_installation(tx: store.Transaction, instance: InstanceRow, atte
 
 async def _lose_sight(scene: Scene, seen: base.Instance) -> Scene:
     known = replace(scene.instance, life="unknown", provider_status=seen.status)
+    return await _doubt(scene, known, seen.reason or f"the provider says {seen.status!r}")
+
+
+async def _doubt(scene: Scene, known: InstanceRow, reason: str) -> Scene:
+    """Nobody knows how the instance is: what ran is unreachable, and costs nothing until it is seen again."""
     await rows.save_instance(scene.tx.conn, known)
     pod = scene.pod
-    if pod.state in ("running", "starting") and pod.wanted == "running" and scene.instance.started_at is not None:
-        pod = replace(
-            pod,
-            state="unreachable",
-            state_reason=seen.reason or f"the provider says {seen.status!r}",
-            billing="unknown",
-        )
+    if pod.state in ("running", "starting") and pod.wanted == "running" and known.started_at is not None:
+        pod = replace(pod, state="unreachable", state_reason=reason, billing="unknown")
         await save(scene.tx, scene.pod, pod)
     return replace(scene, pod=pod, instance=known)
 
@@ -246,8 +249,9 @@ async def take_absence(scene: Scene, what: str, ended_at: datetime | None = None
         evidence = {"kind": "absent", "said": what, "first": first.isoformat(), "listings_without": instance.misses}
         return await finish_instance(scene, ended_at or instance.seen_at or instance.known_at, evidence)
     known = replace(instance, terminal_seen_at=first)
-    await rows.save_instance(scene.tx.conn, known)
-    return replace(scene, instance=known)
+    if instance.terminate_sent_at is None:
+        known = replace(known, life="unknown")
+    return await _doubt(scene, known, f"the provider says {what!r}")
 
 
 async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[str, object]) -> Scene:
@@ -265,6 +269,15 @@ async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[st
         after = replace(after, due_at=pod.ends_at)
     after = await save(tx, pod, after)
     return replace(scene, pod=after, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
+
+
+async def revive(tx: store.Transaction, instance: InstanceRow, seen_at: datetime) -> InstanceRow:
+    """What was proved gone is there all the same: nobody's any more, to be ended, and from its end on a loss."""
+    log.error("instance %s was proved gone, and is there", instance.provider_instance_id)
+    if instance.ended_at is not None:
+        await money_rows.bill(tx.conn, instance.id, instance.ended_at)
+    await rows.mark_back(tx.conn, instance.id, seen_at)
+    return replace(instance, role="stray", gone_at=None, ended_at=None)
 
 
 async def _close_phases(scene: Scene, ended_at: datetime) -> None:

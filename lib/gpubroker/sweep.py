@@ -5,6 +5,7 @@ reference of our owner is one live pod's, or is ended; anything without our owne
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,11 @@ class Listing:
     provider: base.Provider
     began_at: datetime
     instances: Sequence[base.Instance]
+
+    @property
+    def present(self) -> set[str]:
+        """The provider's names of those that are there: some list what is terminal, too, for a while."""
+        return {instance.id for instance in self.instances if instance.life != "gone"}
 
 
 async def sweep(adapters: Adapters, name: str) -> None:
@@ -77,15 +83,17 @@ async def _take_in(listing: Listing) -> None:
         known = await rows.list_present(tx.conn, listing.account_id)
         trusted = await rows.is_trusted(tx.conn, listing.account_id)
     by_id = {instance.provider_instance_id: instance for instance in known}
-    listed = {instance.id for instance in listing.instances}
     for seen in listing.instances:
         await _meet(listing, by_id.get(seen.id), seen)
     lag = timedelta(seconds=listing.provider.capabilities.visibility_lag_seconds)
     expected = [i for i in known if i.known_at + lag < listing.began_at]
-    missing = [i for i in expected if i.provider_instance_id not in listed]
-    live = [i for i in expected if i.role == "live"]
-    if len(live) >= _FEW and sum(i.role == "live" for i in missing) * 2 > len(live):
-        await _distrust(listing, f"{len(missing)} of {len(live)} live instances were missing at once")
+    missing = [i for i in expected if i.provider_instance_id not in listing.present]
+    live = [i for i in expected if i.role == "live" and i.terminate_sent_at is None]
+    vanished = [i for i in missing if i.role == "live" and i.terminate_sent_at is None and i.missed_since is None]
+    if len(live) >= _FEW and len(vanished) * 2 > len(live):
+        await _distrust(listing, f"{len(vanished)} of {len(live)} live instances vanished at once", is_new=trusted)
+        for instance in vanished:
+            await _miss(listing, instance, counts=False)
     elif trusted:
         for instance in missing:
             await _miss(listing, instance)
@@ -98,14 +106,19 @@ async def _meet(listing: Listing, known: InstanceRow | None, seen: base.Instance
             await _see(tx, listing, known, seen)
             return
         if known is not None:
-            await rows.save_instance(tx.conn, replace(known, seen_at=listing.began_at, misses=0, missed_since=None))
+            if seen.life != "gone":
+                await rows.save_instance(tx.conn, replace(known, seen_at=listing.began_at, misses=0, missed_since=None))
             return
         attempt = await rows.find_attempt(tx.conn, seen.ref or "")
         if attempt is not None:
             await provisioning.adopt(tx, attempt, seen.id, seen, listing.began_at)
             return
+        if seen.life == "gone":
+            return
         log.warning("%s lists %s with a reference of ours that no attempt has", listing.provider.name, seen.id)
         stray = await rows.add_instance(tx.conn, listing.account_id, seen.id, "stray", listing.began_at, ref=seen.ref)
+        if stray.gone_at is not None and stray.gone_at < listing.began_at:
+            stray = await sightings.revive(tx, stray, listing.began_at)
         await sightings.charge_installation(tx, stray, None)
 
 
@@ -118,21 +131,21 @@ async def _see(tx: store.Transaction, listing: Listing, known: InstanceRow, seen
         await provisioning.plan_after(after)
 
 
-async def _miss(listing: Listing, known: InstanceRow) -> None:
-    """A complete listing without it: one grain of evidence. A look at it decides."""
+async def _miss(listing: Listing, known: InstanceRow, *, counts: bool = True) -> None:
+    """A complete listing without it: one grain of evidence, where listings count. A look at it decides."""
     async with store.worker() as tx:
         if known.role == "stray":
-            if known.terminate_sent_at is not None and known.terminate_sent_at < listing.began_at:
+            since = known.missed_since or listing.began_at
+            is_told = known.terminate_sent_at is not None and known.terminate_sent_at < listing.began_at
+            is_lost = known.misses + 1 >= sightings.MANY_LISTINGS and listing.began_at - since >= sightings.LONG_SILENCE
+            if is_told or is_lost:
                 ended = known.seen_at or known.known_at
                 await rows.mark_gone(
                     tx.conn, known.id, ended, {"kind": "stray", "listing_without": listing.began_at.isoformat()}
                 )
                 await money_rows.bill(tx.conn, known.id, ended)
             else:
-                await rows.save_instance(
-                    tx.conn,
-                    replace(known, misses=known.misses + 1, missed_since=known.missed_since or listing.began_at),
-                )
+                await rows.save_instance(tx.conn, replace(known, misses=known.misses + 1, missed_since=since))
             return
         scene = await _lock_scene(tx, known)
         if scene is None:
@@ -140,7 +153,8 @@ async def _miss(listing: Listing, known: InstanceRow) -> None:
         fresh = scene.instance
         if fresh.seen_at is not None and fresh.seen_at > listing.began_at:
             return
-        missed = replace(fresh, misses=fresh.misses + 1, missed_since=fresh.missed_since or listing.began_at)
+        since = fresh.missed_since if fresh.missed_since is not None and fresh.misses else listing.began_at
+        missed = replace(fresh, misses=fresh.misses + int(counts), missed_since=since)
         await rows.save_instance(tx.conn, missed)
         if scene.pod.wanted != "gone":
             await rows.wake_for_look(tx.conn, scene.pod.id)
@@ -156,10 +170,12 @@ async def _lock_scene(tx: store.Transaction, known: InstanceRow) -> sightings.Sc
     return sightings.Scene(tx, pod, maker, instance)
 
 
-async def _distrust(listing: Listing, reason: str) -> None:
+async def _distrust(listing: Listing, reason: str, *, is_new: bool) -> None:
     log.error("%s: %s; no absence is believed for half an hour", listing.provider.name, reason)
     async with store.worker() as tx:
         await rows.distrust_account(tx.conn, listing.account_id, _DISTRUST_SECONDS)
+        if not is_new:
+            return
         data = ProviderData(provider=listing.provider.name, account_id=listing.account_id, reason=reason)
         await outbox.write(tx, "provider.unhealthy", listing.account_id, data, tenant=None, agent_id=None)
 
@@ -171,8 +187,12 @@ async def _end_strays(listing: Listing) -> None:
     """
     async with store.worker() as tx:
         present = await rows.list_present(tx.conn, listing.account_id)
-    listed = {instance.id for instance in listing.instances}
-    strays = [i for i in present if i.role == "stray" and i.provider_instance_id in listed]
+    strays = [
+        i
+        for i in present
+        if i.role == "stray"
+        and (i.provider_instance_id in listing.present or (i.attempt_id is not None and i.terminate_sent_at is None))
+    ]
     unknown = [i for i in strays if i.attempt_id is None]
     if len(unknown) > max(_FEW, len(listing.instances) // 5):
         log.error(
@@ -192,11 +212,13 @@ async def _end_strays(listing: Listing) -> None:
 async def _end_stray(listing: Listing, stray: InstanceRow) -> None:
     provider, name = listing.provider, stray.provider_instance_id
     seconds = provider.capabilities.call_limit_seconds
+    seen = None
     try:
-        await asyncio.wait_for(provider.terminate(name), seconds)
-        seen = await asyncio.wait_for(provider.get(name), seconds) if provider.capabilities.terminal_is_final else None
-    except errors.InstanceNotFound:
-        seen = None
+        with contextlib.suppress(errors.InstanceNotFound):
+            await asyncio.wait_for(provider.terminate(name), seconds)
+        with contextlib.suppress(errors.InstanceNotFound):
+            if provider.capabilities.terminal_is_final:
+                seen = await asyncio.wait_for(provider.get(name), seconds)
     except (errors.ProviderError, TimeoutError, OSError) as error:
         log.warning("stray %s of %s was not ended yet: %s", name, provider.name, type(error).__name__)
         return

@@ -33,12 +33,13 @@ async def mark_published(conn: Connection, ids: Sequence[str]) -> None:
 
 
 _FINISH_DELIVERY: Final = """
-UPDATE delivery SET done_at = clock_timestamp() WHERE event_id = %s AND consumer = %s AND done_at IS NULL"""
+UPDATE delivery d SET done_at = clock_timestamp() FROM event e
+ WHERE d.event_id = %s AND d.consumer = %s AND d.done_at IS NULL AND e.id = d.event_id AND e.subject = %s"""
 
 
-async def finish_delivery(tx: Transaction, event_id: str, consumer: str) -> bool:
-    """The guard of a consumer: true for the one transaction that may have the event's effect."""
-    done = await tx.conn.execute(_FINISH_DELIVERY, (event_id, consumer))
+async def finish_delivery(tx: Transaction, event_id: str, consumer: str, subject: str) -> bool:
+    """The guard of a consumer: true for the one transaction that may have the event's effect, on its own subject."""
+    done = await tx.conn.execute(_FINISH_DELIVERY, (event_id, consumer, subject))
     return done.rowcount == 1
 
 

@@ -126,7 +126,8 @@ SELECT id, org_id, attempt_id, pod_id, account_id, provider_instance_id, ref, ro
 _CLAIM: Final = (
     """
 UPDATE pod SET turn = turn + 1, due_at = instant()
-       + (coalesce((candidates -> 0 -> 'capabilities' ->> 'call_limit_seconds')::int, 30) + 5) * interval '1 second'
+       + (coalesce((SELECT max((c -> 'capabilities' ->> 'call_limit_seconds')::int) FROM jsonb_array_elements(candidates) c), 30)
+          + 5) * interval '1 second'
  WHERE id = %s AND due_at <= instant() AND state <> 'terminated' RETURNING """
     + _POD
 )
@@ -183,9 +184,9 @@ async def wake_pod(conn: Connection, pod_id: str) -> None:
 
 
 async def wake_for_look(conn: Connection, pod_id: str) -> None:
-    """Make a pod due for a look soon, unless a step is under way."""
+    """Make a pod that rests until its end due for a look: no step under way, and no pause, is as long as this."""
     await conn.execute(
-        "UPDATE pod SET due_at = instant() WHERE id = %s AND due_at IS NULL AND state <> 'terminated'", (pod_id,)
+        "UPDATE pod SET due_at = instant() WHERE id = %s AND due_at > instant() + interval '3 minutes'", (pod_id,)
     )
 
 
@@ -416,6 +417,17 @@ async def mark_gone(conn: Connection, instance_id: str, ended_at: datetime, evid
     )
 
 
+_MARK_BACK: Final = """
+UPDATE instance SET gone_at = NULL, gone_evidence = NULL, ended_at = NULL, role = 'stray', life = 'unknown', seen_at = %s,
+       misses = 0, missed_since = NULL, terminate_sent_at = NULL, terminal_seen_at = NULL
+ WHERE id = %s AND gone_at IS NOT NULL"""
+
+
+async def mark_back(conn: Connection, instance_id: str, seen_at: datetime) -> None:
+    """The instance was not gone: it is a stray from here on."""
+    await conn.execute(_MARK_BACK, (seen_at, instance_id))
+
+
 # Sweeps
 
 
@@ -435,7 +447,8 @@ _IS_TRUSTED: Final = "SELECT distrust_until IS NULL OR distrust_until <= instant
 _ACCOUNTS: Final = """
 SELECT DISTINCT a.provider FROM provider_account a
  WHERE EXISTS (SELECT FROM instance i WHERE i.account_id = a.id AND i.gone_at IS NULL)
-    OR EXISTS (SELECT FROM attempt t WHERE t.account_id = a.id AND t.state IN ('open', 'ambiguous'))"""
+    OR EXISTS (SELECT FROM attempt t JOIN pod p ON p.id = t.pod_id WHERE t.account_id = a.id AND p.state <> 'terminated'
+                  AND t.state IN ('open', 'ambiguous', 'abandoned'))"""
 
 
 async def begin_listing(conn: Connection, account_id: str, seconds: int) -> datetime | None:
@@ -478,7 +491,7 @@ async def is_trusted(conn: Connection, account_id: str) -> bool:
 
 
 async def list_used_providers(conn: Connection) -> list[str]:
-    """The providers that have instances or open attempts of ours, configured or not."""
+    """The providers that have instances of ours, or may yet bear some, configured or not."""
     return [str(row[0]) for row in await (await conn.execute(_ACCOUNTS)).fetchall()]
 
 
