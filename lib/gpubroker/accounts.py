@@ -107,7 +107,7 @@ async def create_agent(tx: store.Transaction, request: AgentRequest) -> AgentWit
         raise errors.ExceedsParent(msg, more={"errors": []})
     scopes = _narrow(request.scopes, parent.scopes)
     agent_id = new_id("agt")
-    expires_at = await _end(tx, parent.path, request.expires_in)
+    expires_at = await _bound(tx, await _end(tx, parent.path, request.expires_in), request.expires_in)
     limit, period = (request.budget.limit_usd, request.budget.period) if request.budget else (None, "total")
     if limit is not None:
         await budgets.check_limit(tx, parent.path, limit, "/budget/limit_usd")
@@ -247,6 +247,7 @@ async def create_key(tx: store.Transaction, request: KeyRequest) -> KeyWithSecre
     scopes = _narrow(request.scopes, within)
     path = await rows.find_path(tx.conn, caller.agent_id, agent.id) or []
     expires_at = await _end(tx, path, request.expires_in) if request.expires_in else None
+    expires_at = await _bound(tx, expires_at, request.expires_in)
     row, text = _make_key(caller.org_id, agent.id, request.name, scopes, expires_at)
     await rows.add_key(tx.conn, row)
     made = await show_key(tx, row.id)
@@ -270,7 +271,8 @@ async def rotate_key(tx: store.Transaction, key_id: str, overlap_seconds: int) -
         raise errors.Forbidden(f"That key has rights that the caller lacks: {', '.join(beyond)}.")
     if old.revoked_at is not None:
         raise errors.Conflict("That key is revoked.", hint="Make a new key with POST /v1/keys.")
-    row, text = _make_key(caller.org_id, old.agent_id, old.name, old.scopes, old.expires_at)
+    expires_at = await _bound(tx, old.expires_at, None)
+    row, text = _make_key(caller.org_id, old.agent_id, old.name, old.scopes, expires_at)
     await rows.add_key(tx.conn, row)
     await rows.replace_key(tx.conn, key_id, row.id, overlap_seconds)
     made = await show_key(tx, row.id)
@@ -308,6 +310,20 @@ async def _end(tx: store.Transaction, path: Sequence[str], expires_in: int | Non
         return parents_end
     end = now() + timedelta(seconds=expires_in)
     if parents_end is not None and end > parents_end:
-        found = [{"pointer": "/expires_in", "message": "ends after the parent does"}]
-        raise errors.ExceedsParent("A child cannot live longer than its parent.", more={"errors": found})
+        raise _outlives("ends after the parent does")
     return end
+
+
+async def _bound(tx: store.Transaction, end: datetime | None, asked: int | None) -> datetime | None:
+    """The end of what a credential makes: never after its own, or a key for an hour would be one for ever."""
+    own_end = await rows.credential_end(tx.conn, tx.known)
+    if own_end is None or (end is not None and end <= own_end):
+        return end
+    if asked is not None:
+        raise _outlives("ends after the credential that asks for it")
+    return own_end
+
+
+def _outlives(why: str) -> errors.ExceedsParent:
+    found = [{"pointer": "/expires_in", "message": why}]
+    return errors.ExceedsParent("A child cannot live longer than its parent.", more={"errors": found})

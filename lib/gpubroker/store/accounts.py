@@ -11,7 +11,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.resources import Agent, Key, Organisation
-from gpubroker.store import Connection
+from gpubroker.store import Caller, Connection
 
 _INSTALL: Final = "INSERT INTO installation (owner) VALUES (%s) ON CONFLICT DO NOTHING"
 _OWNER: Final = "SELECT owner FROM installation"
@@ -198,11 +198,20 @@ async def find_path(conn: Connection, above: str, agent_id: str) -> list[str] | 
 
 
 _FIRST_END: Final = "SELECT min(expires_at) FROM agent WHERE id = ANY (%s)"
+_CREDENTIAL_END: Final = """
+SELECT least((SELECT expires_at FROM key WHERE id = %s),
+             (SELECT expires_at FROM token WHERE jti = %s AND cardinality(actors) > 1))"""
 
 
 async def first_end(conn: Connection, path: Sequence[str]) -> datetime | None:
     """When the first agent of a path expires: nothing below lives longer."""
     row = await (await conn.execute(_FIRST_END, (list(path),))).fetchone()
+    return row[0] if row else None
+
+
+async def credential_end(conn: Connection, caller: Caller) -> datetime | None:
+    """When the caller's key expires, or the token by which it acts for another: what it makes lives no longer."""
+    row = await (await conn.execute(_CREDENTIAL_END, (caller.key_id, caller.jti))).fetchone()
     return row[0] if row else None
 
 
