@@ -31,7 +31,9 @@ class Client:
     async def call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """One request, routed by path as one host in front of all functions would."""
         headers = {"Authorization": f"Bearer {self.key}"} | arguments.pop("headers", {})
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app_of(path)), base_url="http://broker", timeout=70) as http:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app_of(path)), base_url="http://broker", timeout=70
+        ) as http:
             return await http.request(method, path, headers=headers, **arguments)
 
     async def get(self, path: str, status: int = 200, **arguments: Any) -> Any:
@@ -48,8 +50,12 @@ class Client:
 
     @staticmethod
     def _check(answer: httpx.Response, status: int) -> Any:
-        assert answer.status_code == status, f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text}"
-        return answer.json() if answer.headers.get("content-type", "").partition(";")[0].endswith("json") else answer.text
+        assert answer.status_code == status, (
+            f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text}"
+        )
+        return (
+            answer.json() if answer.headers.get("content-type", "").partition(";")[0].endswith("json") else answer.text
+        )
 
     async def child(self, **request: Any) -> "Client":
         """Make a child agent."""
@@ -59,7 +65,9 @@ class Client:
     async def pod(self, status: int = 202, query: str = "", **request: Any) -> Any:
         """Ask for a pod; by default for one H100 for ten minutes."""
         body = {"image": "busybox", "requirements": {"gpu": ["h100"]}, "max_lifetime_seconds": 600} | request
-        return await self.post(f"/v1/pods?duplicate=allow{query}", {k: v for k, v in body.items() if v is not None}, status)
+        return await self.post(
+            f"/v1/pods?duplicate=allow{query}", {k: v for k, v in body.items() if v is not None}, status
+        )
 
 
 def app_of(path: str) -> Any:
@@ -84,6 +92,7 @@ class World:
         self.provider: Simulated = Simulated()
         self.adapters = Adapters(settings())
         self.root = Client("", "")
+        self._conn: psycopg.Connection[dict[str, Any]] | None = None
 
     async def open(self) -> None:
         made = accounts.bootstrap(self.database_url, "default", 100_000_000, "total", "enterprise", new_key=False)
@@ -103,6 +112,8 @@ class World:
         return await self.use(Final())
 
     async def close(self) -> None:
+        if self._conn is not None:
+            self._conn.close()
         await self.adapters.close()
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
@@ -110,9 +121,10 @@ class World:
         return psycopg.connect(self.database_url, autocommit=True, row_factory=dict_row)
 
     def query(self, sql: str, *parameters: object) -> list[dict[str, Any]]:
-        with self.connect() as conn:
-            done = conn.execute(sql, parameters)
-            return done.fetchall() if done.description else []
+        if self._conn is None:
+            self._conn = self.connect()
+        done = self._conn.execute(sql, parameters)
+        return done.fetchall() if done.description else []
 
     async def shift(self) -> timedelta:
         return self.query("SELECT shift FROM clock")[0]["shift"]
