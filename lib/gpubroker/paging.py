@@ -34,7 +34,8 @@ def read_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
     if not isinstance(place, list):
         raise invalid("?cursor", "is not a cursor of this list")
     values = cast("list[object]", place)
-    if len(values) != len(kinds) or any(type(value) is not kind for value, kind in zip(values, kinds, strict=True)):
+    is_odd = any(isinstance(value, str) and not value.isprintable() for value in values)  # PostgreSQL could not store it
+    if is_odd or len(values) != len(kinds) or any(type(v) is not kind for v, kind in zip(values, kinds, strict=True)):
         raise invalid("?cursor", "is not a cursor of this list")
     return tuple(values)
 
