@@ -1,17 +1,17 @@
-"""Function `offers`: search of what can be rented."""
+"""Function `offers`: search of what can be rented, its prices, and quotes."""
 
 import functions_framework.aio
 from starlette.requests import Request
 
+from gpubroker import idempotency, paging, quotes, web
 from gpubroker import offers as domain
-from gpubroker import web
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import Offer, Page
+from gpubroker.resources import Gpu, Offer, OfferPage, Page, ProviderView, Quote
 
 api = web.Api("offers")
 
 
-@api.operation("GET", "/v1/offers", scope="offers:read", query=domain.Search, answers={200: Page[Offer]})
+@api.operation("GET", "/v1/offers", scope="offers:read", query=domain.Search, answers={200: OfferPage})
 async def search_offers(call: web.Call[Nothing, domain.Search]) -> web.Answer:
     """Search what can be rented now."""
     async with call.transaction() as tx:
@@ -23,6 +23,32 @@ async def show_offer(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Show one offer."""
     async with call.transaction() as tx:
         return web.Answer(await domain.show_offer(tx, call.path("id")))
+
+
+@api.operation("GET", "/v1/gpus", scope="offers:read", query=paging.Paged, answers={200: Page[Gpu]})
+async def list_gpus(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
+    """List the GPU models, with who offers them and for how much now."""
+    after = paging.read_cursor(call.query.cursor, str)
+    async with call.transaction() as tx:
+        return web.Answer(await domain.list_gpus(tx, after[0] if after else None, call.query.limit))
+
+
+@api.operation("GET", "/v1/providers", scope="offers:read", answers={200: Page[ProviderView]})
+async def list_providers(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """List the providers: configured, healthy, how old their offers are, what they can do."""
+    async with call.transaction() as tx:
+        return web.Answer(await domain.list_providers(tx))
+
+
+@api.operation(
+    "POST", "/v1/quotes", scope="offers:read", body=quotes.QuoteRequest, answers={201: Quote}, idempotent=True
+)
+async def make_quote(call: web.Call[quotes.QuoteRequest, NoQuery]) -> web.Answer:
+    """Quote a price, firm for two minutes and one pod."""
+    key = idempotency.Request(call.idempotency_key, "POST /v1/quotes", call.raw)
+    async with call.transaction() as tx:
+        quote, replayed = await quotes.make_quote(tx, call.body, key)
+    return web.Answer(quote, 201, {"Idempotency-Replayed": "true"} if replayed else {})
 
 
 @functions_framework.aio.http

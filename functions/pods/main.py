@@ -1,19 +1,16 @@
 """Function `pods`: what is wanted. It writes rows and never calls a provider."""
 
 import re
-from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Literal
 
 import functions_framework.aio
-from pydantic import BeforeValidator
 from starlette.requests import Request
 
-from gpubroker import idempotency, paging, web
+from gpubroker import idempotency, inputs, paging, pod_requests, web
 from gpubroker import pods as domain
 from gpubroker.inputs import Nothing
-from gpubroker.resources import Page, Pod, State
+from gpubroker.resources import DryRun, Page, Pod, PodEvent
 from gpubroker.store import pods as rows
-from gpubroker.times import parse_time
 
 api = web.Api("pods")
 
@@ -21,29 +18,28 @@ api = web.Api("pods")
 class CreateQuery(domain.WaitQuery):
     """How to take a request for a pod."""
 
-    duplicate: domain.Duplicate = "refuse"
+    duplicate: Literal["allow", "refuse"] = "refuse"
+    dry_run: Annotated[bool, inputs.Flag] = False
 
 
-class ListQuery(paging.Paged):
+class ListQuery(domain.Selection, paging.Paged):
     """Which pods to list."""
-
-    state: list[State] | None = None
-    agent_id: str | None = None
-    label: list[domain.LabelPair] | None = None
-    created_after: Annotated[datetime, BeforeValidator(parse_time)] | None = None
 
 
 Action = web.Call[Nothing, domain.WaitQuery]
 
 
 @api.operation(
-    "POST", "/v1/pods", scope="pods:write", body=domain.PodRequest, query=CreateQuery,
-    answers={202: Pod, 201: Pod}, idempotent=True,
+    "POST", "/v1/pods", scope="pods:write", body=pod_requests.PodRequest, query=CreateQuery,
+    answers={202: Pod, 201: Pod, 200: DryRun}, idempotent=True,
 )  # fmt: skip
-async def create_pod(call: web.Call[domain.PodRequest, CreateQuery]) -> web.Answer:
-    """Ask for a pod, under a hold that covers its whole life."""
+async def create_pod(call: web.Call[pod_requests.PodRequest, CreateQuery]) -> web.Answer:
+    """Ask for a pod, under a hold that covers its whole life; with dry_run say what that would be."""
+    if call.query.dry_run:
+        async with call.transaction() as tx:
+            return web.Answer(await pod_requests.dry_run(tx, call.body))
     key = idempotency.Request(call.idempotency_key, "POST /v1/pods", call.raw)
-    pod_id, replayed = await domain.request_pod(
+    pod_id, replayed = await pod_requests.request_pod(
         call.transaction, call.body, key, allow_duplicate=call.query.duplicate == "allow"
     )
     pod = await domain.wait(call.transaction, pod_id, wait_query(call))
@@ -54,15 +50,21 @@ async def create_pod(call: web.Call[domain.PodRequest, CreateQuery]) -> web.Answ
 @api.operation("GET", "/v1/pods", scope="pods:read", query=ListQuery, answers={200: Page[Pod]})
 async def list_pods(call: web.Call[Nothing, ListQuery]) -> web.Answer:
     """List pods of the calling agent and of all below it, the newest first."""
-    query = call.query
-    before = paging.read_cursor(query.cursor, str)
+    before = paging.read_cursor(call.query.cursor, str)
+    limit = call.query.limit
     async with call.transaction() as tx:
-        which = rows.Selection(
-            tx.known.agent_id, query.state, query.agent_id, domain.read_labels(query.label), query.created_after
-        )
-        found = await rows.list_pods(tx.conn, which, before[0] if before else None, query.limit + 1)
-    shown, cursor = paging.cut_page(found, query.limit)
+        found = await rows.list_pods(tx.conn, call.query.of(tx.known), before[0] if before else None, limit + 1)
+    shown, cursor = paging.cut_page(found, limit)
     return web.Answer(Page[Pod](items=[domain.present(pod) for pod in shown], next_cursor=cursor))
+
+
+@api.operation("DELETE", "/v1/pods", scope="pods:write", query=domain.Selection, answers={202: Page[Pod]})
+async def terminate_pods(call: web.Call[Nothing, domain.Selection]) -> web.Answer:
+    """End all pods of the subtree that match: at least one filter is needed."""
+    async with call.transaction() as tx:
+        ended = await domain.terminate_all(tx, call.query)
+        items = [await domain.show_pod(tx, pod_id) for pod_id in ended]
+    return web.Answer(Page[Pod](items=items), 202)
 
 
 @api.operation("GET", "/v1/pods/{id}", scope="pods:read", query=domain.WaitQuery, answers={200: Pod})
@@ -70,6 +72,15 @@ async def show_pod(call: Action) -> web.Answer:
     """Show a pod, at once or when it is what is waited for."""
     pod = await domain.wait(call.transaction, call.path("id"), wait_query(call))
     return web.Answer(domain.present(pod))
+
+
+@api.operation("GET", "/v1/pods/{id}/events", scope="pods:read", query=paging.Paged, answers={200: Page[PodEvent]})
+async def list_events(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
+    """Show a pod's history: every state, attempt and charge, with times and causes."""
+    after = paging.read_cursor(call.query.cursor, str)
+    async with call.transaction() as tx:
+        page = await domain.list_events(tx, call.path("id"), after[0] if after else None, call.query.limit)
+    return web.Answer(page)
 
 
 @api.operation("POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
@@ -120,7 +131,8 @@ async def terminate_pod(call: Action) -> web.Answer:
 async def answer_action(call: web.Call[web.B, domain.WaitQuery], *, gone: bool = False) -> web.Answer:
     """Answer with the pod: 200 once it is settled, else 202."""
     pod = await domain.wait(call.transaction, call.path("id"), wait_query(call), gone=gone)
-    return web.Answer(domain.present(pod), 200 if domain.is_settled(pod) else 202)
+    is_done = pod.state == "terminated" if gone else domain.is_settled(pod)
+    return web.Answer(domain.present(pod), 200 if is_done else 202)
 
 
 def wait_query(call: web.Call[web.B, domain.WaitQuery] | web.Call[web.B, CreateQuery]) -> domain.WaitQuery:

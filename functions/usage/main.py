@@ -6,7 +6,7 @@ from starlette.requests import Request
 from gpubroker import budgets, paging, web
 from gpubroker import usage as domain
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import Budget, BudgetRequest, Page, Usage, UsageRecord
+from gpubroker.resources import Budget, BudgetRequest, LimitsView, Page, Statement, Usage, UsageRecord
 from gpubroker.store import money as rows
 
 api = web.Api("usage")
@@ -44,6 +44,23 @@ async def set_budget(call: web.Call[BudgetRequest, NoQuery]) -> web.Answer:
     """Set the limit of an agent below the caller, or lower the caller's own."""
     async with call.transaction() as tx:
         return web.Answer(await budgets.set_budget(tx, call.path("agent_id"), call.body))
+
+
+@api.operation("GET", "/v1/statements/{month}", scope="usage:read", answers={200: Statement})
+async def show_statement(call: web.Call[Nothing, NoQuery]) -> web.Handled:
+    """Show the statement of a month, as JSON or, where that is accepted, as CSV."""
+    async with call.transaction() as tx:
+        statement = await domain.make_statement(tx, call.path("month"))
+    if "text/csv" in call.request.headers.get("accept", ""):
+        return web.show_csv(domain.write_csv(statement), f"statement-{statement.month}.csv")
+    return web.Answer(statement)
+
+
+@api.operation("GET", "/v1/limits", scope="usage:read", answers={200: LimitsView})
+async def show_limits(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+    """Show the limits of the agent and its organisation, and what is used of them."""
+    async with call.transaction() as tx:
+        return web.Answer(await domain.show_limits(tx))
 
 
 @functions_framework.aio.http

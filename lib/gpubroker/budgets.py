@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import psycopg
-
 from gpubroker import errors, store
 from gpubroker.money import HOUR, format_usd
 from gpubroker.resources import Budget, BudgetRequest
@@ -20,15 +18,17 @@ async def show_budget(tx: store.Transaction, agent_id: str) -> Budget:
 
 
 async def set_budget(tx: store.Transaction, agent_id: str, request: BudgetRequest) -> Budget:
-    """Set the limit of an agent below the caller, or lower the caller's own.
+    """Set the limit of an agent below the caller, or lower the caller's own; with `admin`, of any organisation.
 
-    Raises ExceedsParent for more than the least limit above it, Forbidden for raising one's own (an organisation's limit
-    needs `admin`), NotFound for an agent outside the subtree.
+    Raises ExceedsParent for more than the least limit above it, Forbidden for raising one's own, NotFound for an agent
+    outside the subtree.
     """
     caller = tx.known
+    if "admin" in caller.scopes and await rows.enter_root(tx.conn, agent_id):
+        await rows.set_budget(tx.conn, agent_id, request.limit_usd, request.period)
+        return (await rows.list_budgets(tx.conn, agent_id, agent_id=agent_id))[0]
     present = await show_budget(tx, agent_id)
-    is_root = agent_id == caller.path[0]
-    if agent_id == caller.agent_id and not (is_root and "admin" in caller.scopes):
+    if agent_id == caller.agent_id:
         raised = present.limit_usd is not None and request.limit_usd > present.limit_usd
         if raised or present.limit_usd is None or request.period != present.period:
             raise errors.Forbidden("Nobody may raise a limit of itself.", hint="Have an agent above this one do it.")
@@ -54,9 +54,11 @@ async def _path(tx: store.Transaction, agent_id: str) -> list[str]:
 class Purse:
     """What the budgets along a path allowed when they were read: good for refusing the hopeless, not for spending."""
 
-    def __init__(self, caller: store.Caller, standings: Sequence[rows.Standing]) -> None:
+    def __init__(self, caller: store.Caller, standings: Sequence[rows.Standing], token_room: int | None = None) -> None:
         self._agent_id = caller.agent_id
         self._limited = [(s.available_micro, s.agent_id) for s in standings if s.available_micro is not None]
+        if token_room is not None:
+            self._limited.append((token_room, caller.agent_id))
 
     @property
     def available_micro(self) -> int:
@@ -95,8 +97,3 @@ def refuse(
 def affordable_seconds(available_micro: int, price_micro_h: int, fixed_micro: int) -> int:
     """How long a pod of this price can live on this much, its minimum and termination allowance covered."""
     return max(0, (available_micro - fixed_micro) * HOUR // price_micro_h)
-
-
-def limiting_agent(error: psycopg.Error) -> str | None:
-    """The agent whose budget refused a hold, if that is what this error says."""
-    return error.diag.message_primary if error.sqlstate == "GB001" else None

@@ -37,7 +37,7 @@ FUNCTIONS: Final = (
             "/.well-known/jwks.json", "/.well-known/oauth-authorization-server",
         ),
     ),
-    Function("offers", "public", "search of what can be rented", paths=("/v1/offers",)),
+    Function("offers", "public", "search of what can be rented", paths=("/v1/offers", "/v1/gpus", "/v1/quotes", "/v1/providers")),
     Function(
         "pods", "public", "what is wanted: create, act, wait",
         paths=("/v1/pods",), timeout_seconds=90,
@@ -46,7 +46,10 @@ FUNCTIONS: Final = (
         "exec", "public", "logs of a pod and commands in it",
         paths=("/v1/logs", "/v1/exec"), vendor_credentials=True, timeout_seconds=330,
     ),
-    Function("usage", "public", "what was used, spent and may be spent", paths=("/v1/usage", "/v1/budgets")),
+    Function(
+        "usage", "public", "what was used, spent and may be spent",
+        paths=("/v1/usage", "/v1/budgets", "/v1/statements", "/v1/limits"),
+    ),
     Function(
         "provisioning", "consumer", "makes what is wanted true, one step at a time",
         vendor_credentials=True, concurrency=40, timeout_seconds=300,

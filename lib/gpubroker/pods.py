@@ -1,37 +1,34 @@
-"""What agents want: a pod is asked for, acted on, waited for, and always has an end.
+"""Pods as their agents see them: shown, waited for, acted on, ended. `gpubroker.pod_requests` asks for new ones.
 
-Nothing here calls a provider. A request becomes rows (the pod, its event, its hold last) and `gpubroker.provisioning` makes
-them true.
+Nothing here calls a provider: what is wanted becomes rows, and `gpubroker.provisioning` makes them true.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 import psycopg
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
-from gpubroker import budgets, errors, idempotency, inputs, offers, outbox, sealing, store
+from gpubroker import budgets, errors, holds, inputs, outbox, paging, store
 from gpubroker.events import ActionData, PodData
-from gpubroker.ids import new_id
-from gpubroker.money import HOUR, InUsd, cost, format_usd
-from gpubroker.resources import AttemptView, Endpoint, Input, Name, Pod
+from gpubroker.money import HOUR, InUsd, format_usd
+from gpubroker.resources import AttemptView, Endpoint, Input, Page, Pod, PodEvent, State
 from gpubroker.store import events as event_rows
 from gpubroker.store import money as money_rows
-from gpubroker.store import offers as offer_rows
 from gpubroker.store import pods as rows
 from gpubroker.store.offers import Candidate
+from gpubroker.times import parse_time
 
 Opener = Callable[[], AbstractAsyncContextManager[store.Transaction]]
 """Opens a transaction of the caller, authenticated anew."""
 
-DEFAULT_LIFE_SECONDS: Final = HOUR
-SHORTEST_LIFE_SECONDS: Final = 10
 LONGEST_LIFE_SECONDS: Final = 366 * 24 * HOUR
-_RESERVED: Final = "GPUBROKER_"
+Life = Annotated[int, Field(ge=holds.SHORTEST_LIFE_SECONDS, le=LONGEST_LIFE_SECONDS)]
+"""Seconds from a pod's creation to its end."""
 _ACTIONS: Final[Mapping[str, Sequence[str]]] = {
     "awaiting_approval": (),
     "requested": ("extend",),
@@ -43,61 +40,9 @@ _ACTIONS: Final[Mapping[str, Sequence[str]]] = {
     "interrupted": ("start", "extend", "logs"),
     "unreachable": ("restart", "logs"),
 }
+_MOST_AT_ONCE: Final = 10_000
 _NEEDS_STOP: Final = frozenset({"stop", "start", "restart"})
 _SETTLED: Final = frozenset({"running", "stopped", "terminated", "failed"})
-
-
-# The request
-
-
-class PortRequest(Input):
-    """A port that the pod's program listens on."""
-
-    port: int = Field(ge=1, le=65535)
-    protocol: Literal["tcp", "udp", "http"] = "tcp"
-
-
-def _check_env(env: dict[str, str]) -> dict[str, str]:
-    if any(name.startswith(_RESERVED) for name in env):
-        msg = f"names that begin {_RESERVED} are the broker's own"
-        raise ValueError(msg)
-    return env
-
-
-def _check_ports(ports: list[PortRequest]) -> list[PortRequest]:
-    if len({port.port for port in ports}) < len(ports):
-        msg = "names a port twice"
-        raise ValueError(msg)
-    return ports
-
-
-EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
-Labels = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")], Annotated[str, Field(max_length=200)]],
-    Field(max_length=32),
-]
-Life = Annotated[int, Field(ge=SHORTEST_LIFE_SECONDS, le=LONGEST_LIFE_SECONDS)]
-
-
-class PodRequest(Input):
-    """What to run, where, and for how much and how long at the most."""
-
-    name: Name | None = Field(default=None, description="Unique among the agent's live pods.")
-    image: Annotated[str, Field(min_length=1, max_length=300, pattern=r"^[^\s]+$")] | None = None
-    command: Annotated[list[Annotated[str, Field(max_length=32768)]], Field(min_length=1, max_length=256)] | None = None
-    env: Annotated[
-        dict[EnvName, Annotated[str, Field(max_length=32768)]], Field(max_length=256), AfterValidator(_check_env)
-    ] = Field(default_factory=dict, description="Secrets: sealed at rest, never shown again, erased at the end.")
-    ports: Annotated[list[PortRequest], Field(max_length=16), AfterValidator(_check_ports)] = Field(
-        default_factory=list
-    )
-    disk_gb: int | None = Field(default=None, ge=1, le=100_000)
-    labels: Labels = Field(default_factory=dict)
-    requirements: offers.Requirements | None = None
-    offer_id: str | None = None
-    budget_usd: InUsd | None = Field(default=None, description="The most that this pod may ever cost.")
-    max_lifetime_seconds: Life | None = None
-    max_attempts: int = Field(default=3, ge=1, le=10)
 
 
 class ExtendRequest(Input):
@@ -115,7 +60,6 @@ class WaitQuery(inputs.Query):
     after_version: Annotated[int, inputs.Whole, Field(ge=0)] | None = None
 
 
-Duplicate = Literal["allow", "refuse"]
 LabelPair = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=", max_length=300)]
 
 
@@ -129,191 +73,6 @@ def read_labels(pairs: Sequence[str] | None) -> dict[str, str] | None:
         if labels.setdefault(key, value) != value:
             raise inputs.invalid("?label", f"asks for two values of {key}")
     return labels
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a request would be met: the offers in the order in which they are tried, and what must be held for it."""
-
-    candidates: list[Candidate]
-    life_seconds: int
-    hold_micro: int
-    purse: budgets.Purse
-
-    @property
-    def affordable_seconds(self) -> int:
-        """How long the budgets would let it live."""
-        return _affordable(self.candidates, self.purse.available_micro)
-
-
-async def request_pod(
-    open_transaction: Opener, request: PodRequest, key: idempotency.Request, *, allow_duplicate: bool
-) -> tuple[str, bool]:
-    """Want a pod: one transaction writes it, its event, and its hold last. Returns its id and whether this was a replay.
-
-    Checks come in the order replay, name, probable duplicate, offer, budget. Raises the problem of the first that fails.
-    """
-    try:
-        async with open_transaction() as tx:
-            made = await idempotency.find_made(tx, key)
-            if made is not None:
-                return made, True
-            await _refuse_repetition(tx, request, key, allow_duplicate=allow_duplicate)
-            plan = await plan_pod(tx, request)
-            pod = _make_pod(tx.known, request, plan, key)
-            async with tx.conn.pipeline():
-                await rows.add_pod(tx.conn, pod)
-                await idempotency.keep(tx, key, pod.id)
-                data = PodData(pod_id=pod.id, agent_id=pod.agent_id, state="requested", version=1, name=pod.name)
-                await outbox.write(tx, "pod.requested", pod.id, data, tenant=pod.org_id, agent_id=pod.agent_id)
-                await rows.commit_with_hold(tx, pod)
-            return pod.id, False
-    except psycopg.Error as error:
-        limiting = budgets.limiting_agent(error)
-        taken = rows.is_name_taken(error)
-        if limiting is None and not taken:
-            raise
-    async with open_transaction() as tx:  # another request was faster: say what is so now
-        await _refuse_repetition(tx, request, key, allow_duplicate=True)
-        plan = await plan_pod(tx, request)
-        raise _refuse_budget(plan.candidates, plan.purse, plan.hold_micro, limiting)
-
-
-async def plan_pod(tx: store.Transaction, request: PodRequest) -> Plan:
-    """Choose offers and a lifetime. Raises NoOffer, NotSupported or BudgetExhausted."""
-    candidates = await _choose_offers(tx, request)
-    purse = budgets.Purse(tx.known, await money_rows.list_standings(tx.conn, tx.known.path))
-    available = purse.available_micro
-    capped = available if request.budget_usd is None else min(available, request.budget_usd)
-    life = request.max_lifetime_seconds or min(DEFAULT_LIFE_SECONDS, _affordable(candidates, capped))
-    needed = _commit(candidates, max(life, SHORTEST_LIFE_SECONDS))
-    if request.budget_usd is not None and needed > request.budget_usd:
-        price, fixed = _dearest(candidates)
-        raise budgets.refuse(needed, request.budget_usd, price, fixed, tx.known.agent_id)
-    if needed > available:
-        raise _refuse_budget(candidates, purse, needed, None)
-    return Plan(candidates, life, needed, purse)
-
-
-async def _choose_offers(tx: store.Transaction, request: PodRequest) -> list[Candidate]:
-    if (request.requirements is None) == (request.offer_id is None):
-        raise inputs.invalid("/requirements", "exactly one of requirements and offer_id is needed")
-    if request.image is None and request.command is None:
-        raise inputs.invalid("/command", "an image or a command is needed")
-    needs = _find_needs(request)
-    if request.offer_id is not None:
-        return [await _take_offer(tx, request, request.offer_id, needs)]
-    wanted = request.requirements or offers.Requirements()
-    filters = offers.read_filters(wanted, "/requirements/")
-    filters["supports"] = sorted(needs | set(wanted.supports or ()))
-    disk_gb = max(request.disk_gb or 0, wanted.min_disk_gb or 0)
-    if disk_gb:
-        filters["min_disk_gb"] = disk_gb
-    found = await offer_rows.list_candidates(tx.conn, filters, disk_gb, request.max_attempts)
-    if not found:
-        raise errors.NoOffer("No offer that can be had now satisfies all of the requirements.", more={"errors": []})
-    return found
-
-
-async def _take_offer(tx: store.Transaction, request: PodRequest, offer_id: str, needs: set[str]) -> Candidate:
-    found = await offer_rows.list_candidates(tx.conn, {}, request.disk_gb or 0, 1, offer_id=offer_id)
-    if not found:
-        raise inputs.invalid("/offer_id", "is no offer that there is now")
-    lacking = sorted(needs - set(found[0].supports))
-    if lacking:
-        why = " (containers come with the cluster)" if found[0].provider == "local" and "image" in lacking else ""
-        msg = f"This offer of {found[0].provider} does not support: {', '.join(lacking)}{why}."
-        raise errors.NotSupported(
-            msg, more={"errors": [{"pointer": "/offer_id", "message": f"lacks {name}"} for name in lacking]}
-        )
-    if (request.disk_gb or 0) > found[0].disk_gb:
-        raise inputs.invalid("/disk_gb", f"this offer has at most {found[0].disk_gb}")
-    return found[0]
-
-
-def _find_needs(request: PodRequest) -> set[str]:
-    needs = {"image" if request.image is not None else "command"}
-    if request.ports:
-        needs.add("ports")
-    return needs
-
-
-async def _refuse_repetition(
-    tx: store.Transaction, request: PodRequest, key: idempotency.Request, *, allow_duplicate: bool
-) -> None:
-    agent_id = tx.known.agent_id
-    if request.name is not None:
-        named = await rows.find_named(tx.conn, agent_id, request.name)
-        if named is not None:
-            raise await _point_to(tx, errors.NameInUse, f"The pod {named} has the name {request.name!r}.", named)
-    if key.key is None and not allow_duplicate:
-        same = await rows.find_same(tx.conn, agent_id, key.body_mac())
-        if same is not None:
-            raise await _point_to(tx, errors.ProbableDuplicate, f"An equal request made {same} a moment ago.", same)
-
-
-async def _point_to(tx: store.Transaction, problem: type[errors.Conflict], detail: str, pod_id: str) -> errors.Conflict:
-    pod = await show_pod(tx, pod_id)
-    return problem(detail, more={"pod": pod}, steps=[errors.Next("GET", f"/v1/pods/{pod_id}")])
-
-
-def _make_pod(caller: store.Caller, request: PodRequest, plan: Plan, key: idempotency.Request) -> rows.NewPod:
-    pod_id = new_id("pod")
-    secrets = {"env": request.env} if request.env else None
-    spec = request.model_dump(include={"image", "command", "ports"}, mode="json")
-    return rows.NewPod(
-        id=pod_id,
-        org_id=caller.org_id,
-        agent_id=caller.agent_id,
-        token_jti=caller.jti,
-        name=request.name,
-        life_seconds=plan.life_seconds,
-        spec=spec
-        | {"disk_gb": max(request.disk_gb or 0, (request.requirements and request.requirements.min_disk_gb) or 0)},
-        candidates=[asdict(candidate) for candidate in plan.candidates],
-        env_sealed=seal_secrets(pod_id, secrets) if secrets else None,
-        seal_key=sealing.fingerprint() if secrets else None,
-        budget_micro=request.budget_usd,
-        quote_id=None,
-        body_mac=key.body_mac(),
-        labels=request.labels,
-        hold_micro=plan.hold_micro,
-    )
-
-
-def seal_secrets(pod_id: str, secrets: Mapping[str, object]) -> bytes:
-    """Seal a pod's env and registry_auth for this pod alone."""
-    import json  # noqa: PLC0415 - most requests have none
-
-    return sealing.seal("pod", pod_id, json.dumps(secrets).encode())
-
-
-# Money of a request
-
-
-def _fixed(candidate: Candidate) -> int:
-    allowance = int(candidate.capabilities.get("termination_allowance_seconds", 0))
-    return cost(candidate.price_micro_h, candidate.min_billing_s) + cost(candidate.price_micro_h, allowance)
-
-
-def _commit(candidates: Sequence[Candidate], life_seconds: int) -> int:
-    return max(cost(c.price_micro_h, life_seconds) + _fixed(c) for c in candidates)
-
-
-def _dearest(candidates: Sequence[Candidate]) -> tuple[int, int]:
-    dearest = max(candidates, key=lambda c: (c.price_micro_h, _fixed(c)))
-    return dearest.price_micro_h, _fixed(dearest)
-
-
-def _affordable(candidates: Sequence[Candidate], available_micro: int) -> int:
-    return min(budgets.affordable_seconds(available_micro, c.price_micro_h, _fixed(c)) for c in candidates)
-
-
-def _refuse_budget(
-    candidates: Sequence[Candidate], purse: budgets.Purse, needed: int, limiting: str | None
-) -> errors.BudgetExhausted:
-    price, fixed = _dearest(candidates)
-    return purse.refuse(needed, price, fixed, limiting=limiting)
 
 
 # Acting on a pod
@@ -338,7 +97,7 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
     if request.max_lifetime_seconds is None and request.budget_usd is None:
         raise inputs.invalid("/max_lifetime_seconds", "max_lifetime_seconds or budget_usd is needed")
     candidate = _read_candidate(pod)
-    holds, held = await rows.sum_holds(tx.conn, pod_id)
+    taken, held = await rows.sum_holds(tx.conn, pod_id)
     life, budget = _new_totals(pod, request, candidate)
     present_life = round((pod.ends_at - pod.created_at).total_seconds())
     movable = bool(candidate.capabilities.get("moves_hard_stop")) or not pod.attempts
@@ -348,23 +107,23 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
         raise errors.NotSupported(
             msg, more={"errors": [{"pointer": "/max_lifetime_seconds", "message": f"at most {latest}"}]}
         )
-    needed = _commit([candidate], life)
+    needed = holds.needed_micro([candidate], life)
     if budget is not None and needed > budget:
-        raise budgets.refuse(needed, budget, candidate.price_micro_h, _fixed(candidate), tx.known.agent_id)
+        raise budgets.refuse(needed, budget, candidate.price_micro_h, holds.fixed_micro(candidate), tx.known.agent_id)
     await rows.extend(tx.conn, pod_id, life, request.budget_usd, move_hard_stop=movable)
     if life > present_life:
         await _announce(tx, pod_id, "extend")
     if needed > held:
-        await _take_more(tx, pod, holds, needed - held, candidate)
+        await _take_more(tx, pod, taken, needed - held, candidate)
 
 
-async def _take_more(tx: store.Transaction, pod: rows.PodView, holds: int, more: int, candidate: Candidate) -> None:
+async def _take_more(tx: store.Transaction, pod: rows.PodView, taken: int, more: int, candidate: Candidate) -> None:
     purse = budgets.Purse(tx.known, await money_rows.list_standings(tx.conn, tx.known.path))
     try:
         async with tx.conn.transaction():
-            await rows.take_hold(tx.conn, pod.id, f"extend:{holds}", pod.agent_id, more)
+            await rows.take_hold(tx.conn, pod.id, f"extend:{taken}", pod.agent_id, more)
     except psycopg.Error as error:
-        limiting = budgets.limiting_agent(error)
+        limiting = holds.limiting_agent(error)
         if limiting is None:
             raise
         raise purse.refuse(more, candidate.price_micro_h, 0, limiting=limiting) from None
@@ -381,8 +140,33 @@ def _new_totals(pod: rows.PodView, request: ExtendRequest, candidate: Candidate)
         )
     if request.max_lifetime_seconds is not None:
         return request.max_lifetime_seconds, budget
-    paid_for = _affordable([candidate], budget or 0)
+    paid_for = holds.affordable_life([candidate], budget or 0)
     return min(max(present, paid_for), LONGEST_LIFE_SECONDS), budget
+
+
+class Selection(inputs.Query):
+    """Which pods: all that is given must hold."""
+
+    state: list[State] | None = None
+    agent_id: str | None = None
+    label: list[LabelPair] | None = None
+    created_after: Annotated[datetime, BeforeValidator(parse_time)] | None = None
+
+    def of(self, caller: store.Caller, *, live: bool = False) -> rows.Selection:
+        """The pods of the caller's subtree that are meant; `live` leaves out those whose end is wanted."""
+        return rows.Selection(
+            caller.agent_id, self.state, self.agent_id, read_labels(self.label), self.created_after, live=live
+        )
+
+
+async def terminate_all(tx: store.Transaction, which: Selection) -> list[str]:
+    """Want the end of every pod of the subtree that is meant. Raises Invalid when nothing is said of which."""
+    if not which.model_fields_set:
+        raise inputs.invalid("?label", "or another filter is needed: state, agent_id or created_after")
+    found = await rows.list_pods(tx.conn, which.of(tx.known, live=True), None, _MOST_AT_ONCE)
+    for pod_id in sorted(pod.id for pod in found):
+        await end_pod(tx, await _lock(tx, pod_id), "requested")
+    return [pod.id for pod in found]
 
 
 async def terminate(tx: store.Transaction, pod_id: str) -> None:
@@ -510,7 +294,7 @@ def present(pod: rows.PodView) -> Pod:
         provider=pod.provider,
         provider_instance_id=pod.provider_instance_id,
         provider_status=pod.provider_status,
-        offer=_present_offer(candidate),
+        offer=present_offer(candidate),
         price_usd_per_hour=candidate.price_micro_h,
         spent_usd=pod.spent_micro,
         budget_usd=pod.budget_micro,
@@ -539,7 +323,8 @@ def present(pod: rows.PodView) -> Pod:
     )
 
 
-def _present_offer(candidate: Candidate) -> dict[str, Any]:
+def present_offer(candidate: Candidate) -> dict[str, Any]:
+    """An offer as it was when it was chosen, in its public form."""
     return {
         "id": candidate.offer_id,
         "provider": candidate.provider,
@@ -573,6 +358,7 @@ async def wait(open_transaction: Opener, pod_id: str, query: WaitQuery, *, gone:
     while True:
         async with open_transaction() as tx:
             pod = await find_view(tx, pod_id)
+            await touch(tx, pod)
             if pod.due:
                 await event_rows.wake(tx, pod_id)
         version = pod.version if version is None else version
@@ -591,3 +377,17 @@ def _is_reached(pod: rows.PodView, until: str, version: int, *, gone: bool) -> b
     if until == "running":
         return pod.state == "running" or (is_settled(pod) and pod.state != "stopped") or pod.wanted == "gone"
     return is_settled(pod)
+
+
+async def list_events(tx: store.Transaction, pod_id: str, after: str | None, limit: int) -> Page[PodEvent]:
+    """A pod's history in the order in which it happened: every state, attempt and charge. Raises NotFound."""
+    await find_view(tx, pod_id)
+    found = await event_rows.list_history(tx.conn, pod_id, after, limit + 1)
+    cursor = paging.write_cursor(found[limit - 1].id) if len(found) > limit else None
+    return Page[PodEvent](items=found[:limit], next_cursor=cursor)
+
+
+async def touch(tx: store.Transaction, pod: rows.PodView) -> None:
+    """Its agent made a call about the pod: it is not idle."""
+    if pod.spec.get("idle_timeout_seconds") and pod.agent_id == tx.known.agent_id:
+        await rows.touch_pod(tx.conn, pod.id)

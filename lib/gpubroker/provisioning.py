@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 
-from gpubroker import budgets, config, errors, sealing, sightings, store
+from gpubroker import config, errors, holds, sealing, sightings, store
 from gpubroker.ids import base36, new_id
 from gpubroker.money import cost
 from gpubroker.providers import base
@@ -699,7 +699,7 @@ async def _may_try_again(tx: store.Transaction, work: Work, candidate: Candidate
                 max(1, cost(candidate.price_micro_h, left + fixed)),
             )
     except psycopg.Error as error:
-        if budgets.limiting_agent(error) is None:
+        if holds.limiting_agent(error) is None:
             raise
         await rows.save_pod(
             tx.conn, replace(pod, due_at=until, state_reason="waiting: an earlier create may still come true")

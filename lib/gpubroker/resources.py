@@ -4,7 +4,7 @@ A resource is read straight from its row (`psycopg.rows.class_row`), so that a f
 micro-USD inside and a decimal string outside; times are aware UTC.
 """
 
-from typing import Annotated, Any, Final, Generic, Literal, TypeVar
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -38,6 +38,10 @@ class Page(Output, Generic[T]):
 
     items: list[T]
     next_cursor: str | None = None
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -313,6 +317,60 @@ class Offer(Output):
     stale: bool
 
 
+class Near(Output):
+    """An offer that almost matched, and what each filter would have to be for it."""
+
+    offer: Offer
+    change: dict[str, Any]
+
+
+class NoMatch(Output):
+    """Why nothing matched: of the offers considered, how many each filter alone leaves out."""
+
+    considered: int
+    removed_by: dict[str, int]
+    nearest: list[Near]
+
+
+class OfferPage(Page[Offer]):
+    """A page of offers; an empty one says why."""
+
+    no_match: NoMatch | None = Field(default=None, exclude_if=_is_none)
+
+
+class Gpu(Output):
+    """A GPU model. Prices are per GPU and hour, of what can be had now."""
+
+    model: str
+    vram_gb: int | None
+    providers: list[str]
+    offers: int
+    lowest_usd_per_gpu_hour: Usd | None
+    median_usd_per_gpu_hour: Usd | None
+
+
+class ProviderView(Output):
+    """A provider: whether it is configured, how it does, and what it can do."""
+
+    name: str
+    configured: bool
+    healthy: bool
+    last_refresh: Moment | None
+    staleness_seconds: int | None
+    stale: bool
+    offers: int
+    capabilities: dict[str, Any]
+    last_error: str | None
+
+    @classmethod
+    def unconfigured(cls, name: str) -> Self:
+        """A provider of which there is nothing but its name."""
+        return cls(
+            name=name, configured=False, healthy=False, last_refresh=None, staleness_seconds=None, stale=True, offers=0,
+            capabilities={}, last_error=None,
+        )  # fmt: skip
+
+
 # What runs
 
 
@@ -372,6 +430,39 @@ class Pod(Output):
     terminated_at: Moment | None
 
 
+class DryRun(Output):
+    """What a request for a pod would choose and hold."""
+
+    offer: dict[str, Any]
+    alternatives: list[dict[str, Any]]
+    commit_usd: Usd
+    available_usd: Usd
+    affordable_seconds: int
+    boot_seconds: int
+
+
+class Quote(Output):
+    """A price that is firm until `expires_at`, for one pod of the agent that asked."""
+
+    id: str
+    offer: dict[str, Any]
+    price_usd_per_hour: Usd
+    duration_seconds: int
+    total_usd: Usd = Field(description="What would be held for it: the minimum and the end included.")
+    expires_at: Moment
+    pod_id: str | None
+
+
+class PodEvent(Output):
+    """Something that happened to a pod. `data` is what was so then: ids, states, amounts, causes."""
+
+    id: str
+    kind: Literal["state", "attempt", "charge"]
+    what: str
+    at: Moment
+    data: dict[str, Any]
+
+
 class ExecAnswer(Output):
     """What a command in a pod left. `exit_code` is null when its time was over."""
 
@@ -410,6 +501,57 @@ class UsageRow(Output):
     seconds: int
     gpu_seconds: int
     amount_usd: Usd
+
+
+class StatementItem(Output):
+    """What a pod of an agent cost within the statement's month."""
+
+    agent_id: str
+    pod_id: str
+    provider: str
+    gpu: str | None
+    seconds: int
+    amount_usd: Usd
+
+
+class Statement(Output):
+    """A month of a subtree. It sums to the ledger; a closed one never changes."""
+
+    month: str
+    state: Literal["open", "closed"]
+    items: list[StatementItem]
+    minimum_usd: Usd = Field(description="What topped pods up to their providers' minimum; not in the items.")
+    total_usd: Usd
+
+
+class LimitUse(Output):
+    """A limit and what is used of it; null is no limit."""
+
+    limit: int | None
+    used: int
+
+
+class MoneyLimitUse(Output):
+    """A limit in USD and what is used of it; null is no limit."""
+
+    limit: Usd | None
+    used: Usd
+
+
+class LimitsUse(Output):
+    """The limits of an agent with all below it."""
+
+    agent_id: str
+    pods: LimitUse
+    usd_per_hour: MoneyLimitUse
+    creates_per_minute: LimitUse
+
+
+class LimitsView(Output):
+    """The limits of the caller's agent, and of the whole organisation."""
+
+    agent: LimitsUse
+    organisation: LimitsUse
 
 
 class Usage(Output):

@@ -17,9 +17,9 @@ from gpubroker.events import ProviderData
 from gpubroker.offers import describe
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
+from gpubroker.store import catalog as refreshes
 from gpubroker.store import instances as rows
 from gpubroker.store import money as money_rows
-from gpubroker.store import offers as offer_rows
 from gpubroker.store.instances import InstanceRow
 
 log = logging.getLogger("gpubroker.sweep")
@@ -51,7 +51,7 @@ async def sweep(adapters: Adapters, name: str) -> None:
     identity = await asyncio.wait_for(provider.account(), capabilities.call_limit_seconds)
     async with store.worker() as tx:
         every = max(capabilities.refresh_seconds, config.settings().tick_seconds)
-        account_id = await offer_rows.ensure_account(tx.conn, name, identity, describe(provider), every * 3)
+        account_id = await refreshes.ensure_account(tx.conn, name, identity, describe(provider), every * 3)
         began_at = await rows.begin_listing(tx.conn, account_id, LIST_SECONDS * 2)
     if began_at is None:
         return

@@ -13,6 +13,7 @@ from gpubroker import errors, inputs, pods, store
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
 from gpubroker.resources import ExecAnswer, Input
+from gpubroker.store import accounts
 from gpubroker.store import pods as pod_rows
 from gpubroker.times import parse_time
 
@@ -56,9 +57,10 @@ class Target:
 async def find_target(tx: store.Transaction, pod_id: str, action: str) -> Target:
     """The instance behind a pod. Raises NotFound, Forbidden, NotSupported or NotRunning."""
     pod = await pods.find_view(tx, pod_id)
-    if pod.agent_id != tx.known.agent_id:
+    if pod.agent_id != tx.known.agent_id and action not in await accounts.list_grants(tx.conn, pod.agent_id):
         msg = f"{action} of a pod belongs to its own agent."
-        raise errors.Forbidden(msg, hint="Have the pod's agent do it, or grant it to those above.")
+        raise errors.Forbidden(msg, hint="Have the pod's agent do it, or grant it to those above it.")
+    await pods.touch(tx, pod)
     supports = (pod.offer or pod.first_offer or {}).get("supports", [])
     if action not in supports:
         msg = f"{pod.provider or 'This provider'} gives no {action}."
@@ -102,16 +104,27 @@ async def read_log(adapters: Adapters, target: Target, query: LogQuery) -> bytes
     return _cut_tail(page.data, query.tail)
 
 
+async def _read_kept(target: Target, after: int | None) -> base.LogPage:
+    """The last of the log of a pod that has ended, as it was kept; empty when there was none."""
+    async with store.worker() as tx:
+        kept = await pod_rows.find_log(tx.conn, target.pod_id)
+    if kept is None:
+        return base.LogPage(after or 0, b"")
+    starts_at, data = kept
+    skipped = max(0, (after or 0) - starts_at)
+    return base.LogPage(starts_at + min(skipped, len(data)), data[skipped:])
+
+
 async def _read(adapters: Adapters, target: Target, after: int | None, since: datetime | None) -> base.LogPage:
-    if target.provider is None or target.instance_id is None:
-        return base.LogPage(0, b"")
+    if target.provider is None or target.instance_id is None or target.is_ended:
+        return await _read_kept(target, after)
     provider = adapters.get(target.provider)
     try:
         return await asyncio.wait_for(
             provider.logs(target.instance_id, after=after, since=since, limit=LOG_BYTES), _CALL_SECONDS
         )
     except errors.InstanceNotFound:
-        return base.LogPage(after or 0, b"")
+        return await _read_kept(target, after)
     except errors.CannotDo as error:
         raise errors.NotSupported(error.detail, more={"errors": []}) from None
     except (errors.ProviderError, TimeoutError, OSError) as error:

@@ -1,12 +1,26 @@
 """What was used: sums by group, and the intervals that they are made of."""
 
-from datetime import UTC, datetime
+import csv
+import io
+import re
+from datetime import UTC, date, datetime
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
-from gpubroker import inputs, paging, store
-from gpubroker.resources import Page, Usage, UsageRecord, UsageRow
+from gpubroker import errors, inputs, paging, store
+from gpubroker.resources import (
+    LimitsUse,
+    LimitsView,
+    LimitUse,
+    MoneyLimitUse,
+    Page,
+    Statement,
+    StatementItem,
+    Usage,
+    UsageRecord,
+    UsageRow,
+)
 from gpubroker.store import money as rows
 from gpubroker.store.instances import read_instant
 from gpubroker.times import parse_time
@@ -58,3 +72,46 @@ async def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) ->
     if from_at >= to_at:
         raise inputs.invalid("?from", "must be before to")
     return rows.Span(tx.known.agent_id, from_at, to_at, query.pod_id, query.agent_id)
+
+
+async def make_statement(tx: store.Transaction, text: str) -> Statement:
+    """The statement of a month, such as `2026-11`, for the caller's subtree. Raises NotFound for what is no month."""
+    named = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
+    if named is None or named[1] == "0000":
+        raise errors.NotFound("There is no such month; a month is written 2026-11.")
+    month = date(int(named[1]), int(named[2]), 1)
+    above = tx.known.agent_id
+    items = await rows.list_statement(tx.conn, above, month)
+    minimum = await rows.sum_minimum(tx.conn, above, month)
+    return Statement(
+        month=text,
+        state="closed" if await rows.is_closed(tx.conn, month) else "open",
+        items=items,
+        minimum_usd=minimum,
+        total_usd=sum(item.amount_usd for item in items) + minimum,
+    )
+
+
+def write_csv(statement: Statement) -> bytes:
+    """A statement's items as CSV (RFC 4180)."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, fieldnames=list(StatementItem.model_fields))
+    writer.writeheader()
+    writer.writerows(item.model_dump(mode="json") for item in statement.items)
+    return written.getvalue().encode()
+
+
+async def show_limits(tx: store.Transaction) -> LimitsView:
+    """The limits of the caller's agent and of its organisation, and what is used of them."""
+    caller = tx.known
+    used = {u.agent_id: u for u in await rows.list_limits(tx.conn, [caller.agent_id, caller.path[0]])}
+    return LimitsView(agent=_show_limits(used[caller.agent_id]), organisation=_show_limits(used[caller.path[0]]))
+
+
+def _show_limits(used: rows.UsedLimits) -> LimitsUse:
+    return LimitsUse(
+        agent_id=used.agent_id,
+        pods=LimitUse(limit=used.max_pods, used=used.pods),
+        usd_per_hour=MoneyLimitUse(limit=used.max_micro_h, used=used.micro_h),
+        creates_per_minute=LimitUse(limit=used.max_creates_min, used=used.creates),
+    )

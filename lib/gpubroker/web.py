@@ -211,7 +211,7 @@ class _Resource:
         _log_request(request, response.status_code, request_id, time.perf_counter() - began)
 
     def _choose(self, request: Request, method: str) -> Operation:
-        if not self._operations:
+        if not self._operations or "\x00" in request.scope["path"]:
             msg = f"There is no path {request.url.path}."
             raise errors.NotFound(msg, hint="See /openapi.json for the paths there are.")
         if method not in self._operations:
@@ -517,6 +517,12 @@ def render(answer: Answer) -> Response:
 def show_text(content: bytes) -> Response:
     """Answer with plain text."""
     return Response(content, media_type="text/plain; charset=utf-8")
+
+
+def show_csv(content: bytes, name: str) -> Response:
+    """Answer with CSV, which a browser saves under this name."""
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', "Vary": "Accept"}
+    return Response(content, media_type="text/csv; charset=utf-8", headers=headers)
 
 
 def stream_events(events: AsyncGenerator[bytes]) -> Response:

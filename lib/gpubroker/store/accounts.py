@@ -197,6 +197,15 @@ async def find_path(conn: Connection, above: str, agent_id: str) -> list[str] | 
     return row[0] if row else None
 
 
+_GRANTS: Final = "SELECT grants FROM agent WHERE id = %s"
+
+
+async def list_grants(conn: Connection, agent_id: str) -> list[str]:
+    """What an agent lets those above it do with its pods: logs, exec."""
+    row = await (await conn.execute(_GRANTS, (agent_id,))).fetchone()
+    return list(row[0]) if row else []
+
+
 _FIRST_END: Final = "SELECT min(expires_at) FROM agent WHERE id = ANY (%s)"
 _CREDENTIAL_END: Final = """
 SELECT least((SELECT expires_at FROM key WHERE id = %s),

@@ -6,6 +6,7 @@ from typing import Final
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
+from gpubroker.resources import PodEvent
 from gpubroker.store import Connection, Event, Transaction
 
 _ADD: Final = """
@@ -117,12 +118,20 @@ async def prune(tx: Transaction) -> None:
 
 
 _HISTORY: Final = """
-SELECT id, type, subject, tenant, agent_id, traceparent, data, at FROM event
- WHERE subject = %s AND (%s::text IS NULL OR id > %s) ORDER BY id LIMIT %s"""
+SELECT id, kind, what, at, data FROM (
+    SELECT e.id, CASE e.type WHEN 'io.gpubroker.usage.recorded.v1' THEN 'charge' ELSE 'state' END AS kind,
+           regexp_replace(e.type, '^io[.]gpubroker[.]|[.]v1$', '', 'g') AS what, e.at, e.data
+      FROM event e WHERE e.subject = %(pod)s
+    UNION ALL
+    SELECT a.id, 'attempt', 'attempt.' || a.state, a.at,
+           jsonb_build_object('provider', a.provider, 'offer_id', a.offer_id, 'n', a.n, 'code', a.code, 'settled_at', a.settled_at)
+      FROM attempt a WHERE a.pod_id = %(pod)s
+) h
+ WHERE %(after)s::text IS NULL OR substr(id, 5) > substr(%(after)s, 5) ORDER BY substr(id, 5) LIMIT %(limit)s"""
 
 
-async def list_history(conn: Connection, subject: str, after: str | None, limit: int) -> list[Event]:
-    """The events of one subject in the order in which they were written."""
-    cursor = conn.cursor(row_factory=class_row(Event))
-    await cursor.execute(_HISTORY, (subject, after, after, limit))
+async def list_history(conn: Connection, pod_id: str, after: str | None, limit: int) -> list[PodEvent]:
+    """What happened to a pod, in order: ids sort by the time they were made, whatever they are of."""
+    cursor = conn.cursor(row_factory=class_row(PodEvent))
+    await cursor.execute(_HISTORY, {"pod": pod_id, "after": after, "limit": limit})
     return await cursor.fetchall()

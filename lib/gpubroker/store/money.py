@@ -7,7 +7,7 @@ from typing import Final, LiteralString
 
 from psycopg.rows import class_row
 
-from gpubroker.resources import Budget, UsageRecord, UsageRow
+from gpubroker.resources import Budget, StatementItem, UsageRecord, UsageRow
 from gpubroker.store import Connection
 
 _STANDING: Final = """
@@ -206,6 +206,79 @@ async def sum_usage(conn: Connection, span: Span, group: str | None) -> list[Usa
     else:
         await cursor.execute(_BY[group], span.parameters())
     return await cursor.fetchall()
+
+
+_STATEMENT: Final = """
+WITH seconds AS (
+    SELECT u.pod_id, sum(extract(epoch FROM upper(u.during) - lower(u.during)))::bigint AS seconds
+      FROM usage_interval u
+      JOIN pod d ON d.id = u.pod_id
+      JOIN agent_path p ON p.agent_id = d.agent_id AND p.ancestor_id = %(above)s
+      JOIN phase f ON f.instance_id = u.instance_id AND f.seq = u.phase_seq
+     WHERE u.month = %(month)s AND u.payer = 'customer' AND f.billing = 'full' GROUP BY u.pod_id
+), posted AS (
+    SELECT l.pod_id, l.agent_id, min(l.instance_id) AS instance_id, sum(l.amount_micro)::bigint AS amount_micro
+      FROM ledger l JOIN agent_path p ON p.agent_id = l.agent_id AND p.ancestor_id = %(above)s
+     WHERE l.month = %(month)s AND l.account = 'usage' GROUP BY l.pod_id, l.agent_id
+)
+SELECT d.agent_id, d.id AS pod_id, t.provider, t.gpu, coalesce(s.seconds, 0) AS seconds, coalesce(o.amount_micro, 0) AS amount_usd
+  FROM seconds s FULL JOIN posted o ON o.pod_id = s.pod_id
+  JOIN pod d ON d.id = coalesce(s.pod_id, o.pod_id)
+  JOIN LATERAL (SELECT provider, gpu FROM attempt WHERE pod_id = d.id ORDER BY n DESC LIMIT 1) t ON true
+ ORDER BY d.agent_id, d.id"""
+_MINIMUM: Final = """
+SELECT coalesce(sum(l.amount_micro), 0)::bigint
+  FROM ledger l JOIN agent_path p ON p.agent_id = l.agent_id AND p.ancestor_id = %(above)s
+ WHERE l.month = %(month)s AND l.account = 'minimum'"""
+_IS_CLOSED: Final = "SELECT coalesce(max(month) >= %(month)s, false) FROM month_closed"
+
+
+async def list_statement(conn: Connection, above: str, month: date) -> list[StatementItem]:
+    """What each pod of a subtree cost within a month, its provider's minimum left out."""
+    cursor = conn.cursor(row_factory=class_row(StatementItem))
+    await cursor.execute(_STATEMENT, {"above": above, "month": month})
+    return await cursor.fetchall()
+
+
+async def sum_minimum(conn: Connection, above: str, month: date) -> int:
+    """What topped a subtree's pods up to their providers' minimum within a month, micro-USD."""
+    row = await (await conn.execute(_MINIMUM, {"above": above, "month": month})).fetchone()
+    return int(row[0]) if row else 0
+
+
+async def is_closed(conn: Connection, month: date) -> bool:
+    """Say whether a month is closed: nothing is posted to it any more."""
+    row = await (await conn.execute(_IS_CLOSED, {"month": month})).fetchone()
+    return row is not None and bool(row[0])
+
+
+@dataclass(frozen=True, slots=True)
+class UsedLimits:
+    """The limits of an agent, and what its subtree uses of them now."""
+
+    agent_id: str
+    max_pods: int | None
+    pods: int
+    max_micro_h: int | None
+    micro_h: int
+    max_creates_min: int | None
+    creates: int
+
+
+_USED: Final = "SELECT agent_id, max_pods, pods, max_micro_h, micro_h, max_creates_min, creates FROM limits_used(%s)"
+
+
+async def list_limits(conn: Connection, agent_ids: Sequence[str]) -> list[UsedLimits]:
+    """The limits of these agents and what is used of them."""
+    cursor = conn.cursor(row_factory=class_row(UsedLimits))
+    await cursor.execute(_USED, (list(agent_ids),))
+    return await cursor.fetchall()
+
+
+async def enter_root(conn: Connection, agent_id: str) -> bool:
+    """Stand in the organisation of this root agent for the rest of the transaction; for callers with `admin` alone."""
+    row = await (await conn.execute("SELECT enter_root(%s)", (agent_id,))).fetchone()
+    return row is not None and bool(row[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,19 +30,21 @@ class NewPod:
     candidates: Sequence[Mapping[str, object]]
     env_sealed: bytes | None
     seal_key: str | None
+    price_micro_h: int
     budget_micro: int | None
     quote_id: str | None
     body_mac: bytes
     labels: Mapping[str, str]
     hold_micro: int
+    idle_seconds: int | None
 
 
 _ADD: Final = """
 INSERT INTO pod (id, org_id, agent_id, token_jti, name, state, due_at, ends_at, hard_stop_at, spec, candidates, env_sealed,
-                 seal_key, budget_micro, quote_id, body_mac, created_at, wanted_at)
+                 seal_key, price_micro_h, budget_micro, quote_id, body_mac, idle_seconds, touched_at, created_at, wanted_at)
 SELECT %(id)s, %(org_id)s, %(agent_id)s, %(token_jti)s, %(name)s, 'requested', t.at, t.at + %(life)s * interval '1 second',
        t.at + (%(life)s + %(hard_stop)s) * interval '1 second', %(spec)s, %(candidates)s, %(env_sealed)s, %(seal_key)s,
-       %(budget_micro)s, %(quote_id)s, %(body_mac)s, t.at, t.at
+       %(price_micro_h)s, %(budget_micro)s, %(quote_id)s, %(body_mac)s, %(idle_seconds)s, t.at, t.at, t.at
   FROM (SELECT instant() AS at) t"""
 _ADD_LABELS: Final = "INSERT INTO pod_label (org_id, pod_id, k, v) SELECT %s, %s, * FROM unnest(%s::text[], %s::text[])"
 
@@ -61,6 +63,8 @@ async def add_pod(conn: Connection, pod: NewPod) -> None:
         "candidates": Jsonb(list(pod.candidates)),
         "env_sealed": pod.env_sealed,
         "seal_key": pod.seal_key,
+        "price_micro_h": pod.price_micro_h,
+        "idle_seconds": pod.idle_seconds,
         "budget_micro": pod.budget_micro,
         "quote_id": pod.quote_id,
         "body_mac": pod.body_mac,
@@ -79,7 +83,11 @@ async def take_hold(conn: Connection, pod_id: str, cause: str, agent_id: str, am
 
 
 async def commit_with_hold(tx: Transaction, pod: NewPod) -> None:
-    """Take the pod's hold and commit, in one round trip: the budgets of a tree are locked no longer than that."""
+    """Take the pod's hold and commit, in one round trip: the budgets of a tree are locked no longer than that.
+
+    Raises GB004 for a limit of the path, GB001 for a budget.
+    """
+    await tx.conn.execute("SELECT check_limits(%s)", (pod.id,))
     await tx.conn.execute(_TAKE_HOLD, (pod.id, "create", pod.agent_id, pod.hold_micro))
     await tx.conn.execute("COMMIT")
 
@@ -349,3 +357,29 @@ async def is_over(conn: Connection, pod_id: str) -> bool:
     """Say whether the pod's program writes nothing more for now."""
     row = await (await conn.execute(_IS_OVER, (pod_id,))).fetchone()
     return row is None or bool(row[0])
+
+
+_TOUCH: Final = """
+UPDATE pod SET touched_at = instant() WHERE id = %s AND touched_at < instant() - interval '5 seconds'"""
+
+
+async def touch_pod(conn: Connection, pod_id: str) -> None:
+    """Note that its agent made a call about the pod, at most once in five seconds."""
+    await conn.execute(_TOUCH, (pod_id,))
+
+
+_KEEP_LOG: Final = """
+INSERT INTO pod_log (pod_id, org_id, starts_at, tail, taken_at) VALUES (%s, %s, %s, %s, clock_timestamp())
+ON CONFLICT (pod_id) DO UPDATE SET starts_at = excluded.starts_at, tail = excluded.tail, taken_at = excluded.taken_at"""
+_FIND_LOG: Final = "SELECT starts_at, tail FROM pod_log WHERE pod_id = %s"
+
+
+async def keep_log(conn: Connection, pod_id: str, org_id: str, starts_at: int, tail: bytes) -> None:
+    """Keep the last of a pod's log, at most 1 MiB: it is read after the pod's end. It begins at byte `starts_at`."""
+    await conn.execute(_KEEP_LOG, (pod_id, org_id, starts_at, tail))
+
+
+async def find_log(conn: Connection, pod_id: str) -> tuple[int, bytes] | None:
+    """What was kept of a pod's log: where it begins, and its bytes."""
+    row = await (await conn.execute(_FIND_LOG, (pod_id,))).fetchone()
+    return (int(row[0]), bytes(row[1])) if row else None

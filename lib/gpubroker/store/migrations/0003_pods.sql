@@ -30,6 +30,8 @@ CREATE TABLE pod (
     restart_requested_at timestamptz,
     restart_done_at timestamptz,
     expiring_told_at timestamptz,               -- pod.expiring was written
+    idle_seconds   integer,                     -- its end when its agent makes no call about it for so long
+    touched_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     exit_code      integer,
     ends_because   text,
     approval       jsonb,

@@ -26,7 +26,7 @@ GRANT UPDATE (used_at, expires_at, revoked_at, replaced_by) ON key TO gpubroker_
 GRANT UPDATE (revoked_at) ON token TO gpubroker_public;
 GRANT UPDATE (pod_id) ON quote TO gpubroker_public;
 GRANT UPDATE (state, state_reason, wanted, wanted_at, charge_until, due_at, version, ends_at, hard_stop_at, budget_micro,
-    restart_requested_at, ends_because, failures, turn) ON pod TO gpubroker_public;
+    restart_requested_at, expiring_told_at, touched_at, ends_because, failures, turn) ON pod TO gpubroker_public;
 GRANT UPDATE (published_at, next_at, tries) ON event TO gpubroker_public;
 GRANT UPDATE (done_at, next_at, tries) ON delivery TO gpubroker_public;
 GRANT UPDATE (starts_at, tail, taken_at) ON pod_log TO gpubroker_public;

@@ -43,21 +43,11 @@ END $$;
 REVOKE ALL ON FUNCTION authenticate_token FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION authenticate_token TO gpubroker_public;
 
--- An operator with the scope `admin` may set the budget of any organisation's root agent; the caller checks the scope.
-CREATE FUNCTION set_root_budget(p_agent text, p_limit bigint, p_period text) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
-DECLARE
-    v_caller text := current_setting('gpubroker.org', true);
-    v_org    text;
-BEGIN
-    SELECT org_id INTO v_org FROM agent WHERE id = p_agent AND parent_id IS NULL;
-    IF NOT FOUND THEN
-        RETURN false;
-    END IF;
-    PERFORM set_config('gpubroker.org', v_org, true);
-    PERFORM set_budget(p_agent, p_limit, p_period);
-    PERFORM set_config('gpubroker.org', v_caller, true);
-    RETURN true;
-END $$;
-REVOKE ALL ON FUNCTION set_root_budget FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION set_root_budget TO gpubroker_public;
+-- An operator with the scope `admin` may set the budget of any organisation's root agent: for the rest of this transaction it
+-- stands in that organisation. The caller checks the scope. False: this is no root agent.
+CREATE FUNCTION enter_root(p_agent text) RETURNS boolean
+LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT count(set_config('gpubroker.org', org_id, true)) > 0 FROM agent WHERE id = p_agent AND parent_id IS NULL
+$$;
+REVOKE ALL ON FUNCTION enter_root FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION enter_root TO gpubroker_public;

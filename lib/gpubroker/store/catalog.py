@@ -1,0 +1,184 @@
+"""Rows of `provider_account`, `refresh`, `offer` and `offer_price` as refreshes write them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from psycopg.rows import class_row
+from psycopg.types.json import Jsonb
+
+from gpubroker.store import Connection
+
+_ENSURE_ACCOUNT: Final = """
+INSERT INTO provider_account (id, provider, identity, capabilities, stale_after_s)
+VALUES (new_id('acc'), %(provider)s, %(identity)s, %(capabilities)s, %(stale_after)s)
+ON CONFLICT (provider, identity) DO UPDATE
+   SET capabilities = excluded.capabilities, stale_after_s = excluded.stale_after_s
+RETURNING id"""
+
+
+async def ensure_account(
+    conn: Connection, provider: str, identity: str, capabilities: Mapping[str, object], stale_after: int
+) -> str:
+    """Know the account of this identity at a provider, with its present capabilities. Returns our id of it."""
+    cursor = await conn.execute(
+        _ENSURE_ACCOUNT,
+        {"provider": provider, "identity": identity, "capabilities": Jsonb(capabilities), "stale_after": stale_after},
+    )
+    row = await cursor.fetchone()
+    return str(row[0]) if row else ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewOffer:
+    """An offer to be written, in the columns' units."""
+
+    provider_offer_id: str
+    gpu: str | None
+    gpu_count: int
+    vram_gb: int | None
+    vcpus: float
+    ram_gb: float
+    disk_gb: int
+    disk_base_gb: int
+    disk_micro_gb_h: int
+    region: str
+    country: str | None
+    spot: bool
+    price_micro_h: int
+    stopped_micro_h: int | None
+    min_billing_s: int
+    increment_s: int
+    supports: list[str]
+    reliability: float | None
+    availability: str
+    quarantined: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a refresh changed."""
+
+    changed: int
+    gone: int
+
+
+_MERGE: Final = """
+WITH input AS (
+    SELECT * FROM jsonb_to_recordset(%(offers)s) AS n(
+        provider_offer_id text, gpu text, gpu_count int, vram_gb int, vcpus numeric(6,2), ram_gb numeric(8,1), disk_gb int,
+        disk_base_gb int, disk_micro_gb_h bigint, region text, country text, spot boolean, price_micro_h bigint,
+        stopped_micro_h bigint, min_billing_s int, increment_s int, supports text[], reliability real, availability text,
+        quarantined text)
+), old AS (
+    SELECT o.id, o.price_micro_h FROM offer o WHERE o.account_id = %(account)s
+), written AS (
+    INSERT INTO offer AS o (id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
+        disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s,
+        supports, reliability, availability, quarantined, changed_at)
+    SELECT new_id('ofr'), %(account)s, %(provider)s, n.*, clock_timestamp()
+      FROM (SELECT provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb, disk_base_gb, disk_micro_gb_h, region,
+                   country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s, supports, reliability,
+                   availability, quarantined FROM input) n
+      ON CONFLICT (account_id, provider_offer_id, region, spot) DO UPDATE
+         SET gpu = excluded.gpu, gpu_count = excluded.gpu_count, vram_gb = excluded.vram_gb, vcpus = excluded.vcpus,
+             ram_gb = excluded.ram_gb, disk_gb = excluded.disk_gb, disk_base_gb = excluded.disk_base_gb,
+             disk_micro_gb_h = excluded.disk_micro_gb_h, country = excluded.country, price_micro_h = excluded.price_micro_h,
+             stopped_micro_h = excluded.stopped_micro_h, min_billing_s = excluded.min_billing_s,
+             increment_s = excluded.increment_s, supports = excluded.supports, reliability = excluded.reliability,
+             availability = excluded.availability, quarantined = excluded.quarantined, changed_at = excluded.changed_at,
+             gone_at = NULL
+       WHERE (o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.disk_base_gb, o.disk_micro_gb_h, o.country,
+              o.price_micro_h, o.stopped_micro_h, o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
+              o.quarantined, o.gone_at)
+             IS DISTINCT FROM
+             (excluded.gpu, excluded.gpu_count, excluded.vram_gb, excluded.vcpus, excluded.ram_gb, excluded.disk_gb,
+              excluded.disk_base_gb, excluded.disk_micro_gb_h, excluded.country, excluded.price_micro_h,
+              excluded.stopped_micro_h, excluded.min_billing_s, excluded.increment_s, excluded.supports,
+              excluded.reliability, excluded.availability, excluded.quarantined, NULL)
+    RETURNING o.id, o.price_micro_h
+), history AS (
+    INSERT INTO offer_price (offer_id, at, price_micro_h)
+    SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w LEFT JOIN old ON old.id = w.id
+     WHERE old.price_micro_h IS DISTINCT FROM w.price_micro_h
+), shapes AS (
+    INSERT INTO offer_shape (gpu, gpu_count, vram_gb)
+    SELECT DISTINCT gpu, gpu_count, coalesce(vram_gb, 0) FROM input WHERE gpu IS NOT NULL
+        ON CONFLICT DO NOTHING
+), gone AS (
+    UPDATE offer o SET gone_at = clock_timestamp()
+     WHERE o.account_id = %(account)s AND o.gone_at IS NULL
+       AND NOT EXISTS (SELECT FROM input n
+                        WHERE n.provider_offer_id = o.provider_offer_id AND n.region = o.region AND n.spot = o.spot)
+    RETURNING o.id
+)
+SELECT (SELECT count(*) FROM written)::int AS changed, (SELECT count(*) FROM gone)::int AS gone"""
+
+
+async def merge_offers(conn: Connection, account_id: str, provider: str, offers: Sequence[NewOffer]) -> Changes:
+    """Make the account's offers these: only what differs is written, what is missing is gone. One statement."""
+    values = [{name: getattr(offer, name) for name in NewOffer.__slots__} for offer in offers]
+    cursor = conn.cursor(row_factory=class_row(Changes))
+    await cursor.execute(_MERGE, {"offers": Jsonb(values), "account": account_id, "provider": provider})
+    changes = await cursor.fetchone()
+    return changes or Changes(0, 0)
+
+
+_BEGIN_REFRESH: Final = """
+INSERT INTO refresh (account_id, began_at) SELECT %(account)s, clock_timestamp()
+ WHERE NOT EXISTS (SELECT FROM refresh WHERE account_id = %(account)s AND complete
+                      AND began_at > clock_timestamp() - %(every)s * interval '1 second')
+RETURNING id, began_at"""
+_END_REFRESH: Final = """
+UPDATE refresh SET ended_at = clock_timestamp(), complete = %(complete)s, seen = %(seen)s, changed = %(changed)s,
+       quarantined = %(quarantined)s, error = %(error)s WHERE id = %(id)s"""
+_TRUST: Final = """
+UPDATE provider_account SET refreshed_at = %s, last_error = NULL, unhealthy_since = NULL WHERE id = %s"""
+_DOUBT: Final = """
+WITH before AS (SELECT id, unhealthy_since FROM provider_account WHERE id = %(account)s FOR UPDATE)
+UPDATE provider_account p
+   SET last_error = %(error)s, unhealthy_since = coalesce(before.unhealthy_since, clock_timestamp())
+  FROM before WHERE p.id = before.id
+RETURNING before.unhealthy_since IS NULL"""
+
+
+async def begin_refresh(conn: Connection, account_id: str, every_seconds: int) -> tuple[int, datetime] | None:
+    """Begin a refresh, unless a complete one began within the last `every_seconds`."""
+    row = await (await conn.execute(_BEGIN_REFRESH, {"account": account_id, "every": every_seconds})).fetchone()
+    return (int(row[0]), row[1]) if row else None
+
+
+async def end_refresh(
+    conn: Connection,
+    refresh_id: int,
+    *,
+    complete: bool,
+    seen: int = 0,
+    changed: int = 0,
+    quarantined: int = 0,
+    error: str | None = None,
+) -> None:
+    """Note what became of a refresh."""
+    await conn.execute(
+        _END_REFRESH,
+        {
+            "id": refresh_id,
+            "complete": complete,
+            "seen": seen,
+            "changed": changed,
+            "quarantined": quarantined,
+            "error": error,
+        },
+    )
+
+
+async def trust_account(conn: Connection, account_id: str, began_at: datetime) -> None:
+    """The account's offers are those of a complete refresh that began then."""
+    await conn.execute(_TRUST, (began_at, account_id))
+
+
+async def doubt_account(conn: Connection, account_id: str, error: str) -> bool:
+    """Note that the provider fails; true when it did not fail before."""
+    row = await (await conn.execute(_DOUBT, {"account": account_id, "error": error[:500]})).fetchone()
+    return row is not None and bool(row[0])
