@@ -7,7 +7,7 @@ states that lag. Its bill is what the vendor would charge; tests hold ours again
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar, Self
@@ -103,7 +103,7 @@ class Simulated(base.Provider):
         self.calls: list[tuple[str, str]] = []
         self.births: list[tuple[float, str, base.ProviderOffer]] = []
         """Creates that are still to happen: when, with which reference."""
-        self.on_point: Callable[[str], None] | None = None
+        self.on_point: Callable[[str], Awaitable[None]] | None = None
         """Told before every call, and again when it has happened and its answer is not there yet."""
 
     @classmethod
@@ -116,7 +116,7 @@ class Simulated(base.Provider):
     async def _begin(self, operation: str, subject: str) -> str | None:
         self.pass_time()
         if self.on_point is not None:
-            self.on_point(f"{operation} is not sent")
+            await self.on_point(f"{operation} is not sent")
         self.calls.append((operation, subject))
         planned = self.fail.get(operation)
         if not planned:
@@ -128,7 +128,7 @@ class Simulated(base.Provider):
 
     async def _end(self, operation: str, fault: str | None) -> None:
         if self.on_point is not None:
-            self.on_point(f"{operation} is not answered")
+            await self.on_point(f"{operation} is not answered")
         if fault == "after":
             raise AmbiguousOutcome("http_500", "the answer was a 500")
         if fault == "timeout":
