@@ -111,8 +111,8 @@ def test_two_intervals_of_an_instance_cannot_overlap(books: Books):
     books.bill(instance_id, after(100))
     with pytest.raises(psycopg.errors.ExclusionViolation):
         books.query(
-            """INSERT INTO usage_interval (id, instance_id, phase_seq, during, amount_micro, charged_micro, payer)
-               VALUES ('use_x', %s, 0, tstzrange(%s, %s), 0, 0, 'operator')""",
+            """INSERT INTO usage_interval (id, instance_id, phase_seq, during, month, amount_micro, charged_micro, payer)
+               VALUES ('use_x', %s, 0, tstzrange(%s, %s), '2026-11-01', 0, 0, 'operator')""",
             instance_id, after(99), after(101),
         )  # fmt: skip
 
