@@ -16,6 +16,7 @@ from gpubroker import store
 from gpubroker.gpus import ask
 from gpubroker.money import format_usd, parse_usd
 from gpubroker.providers import base
+from gpubroker.store import catalog as refreshes
 from gpubroker.store import offers as rows
 
 pytestmark = pytest.mark.anyio
@@ -34,13 +35,13 @@ SUPPORTS = ("command", "image", "ports", "exec", "logs", "stop", "ssh")
 NEVER = 2**62
 
 
-def make_offers(count: int, seed: int) -> list[rows.NewOffer]:
+def make_offers(count: int, seed: int) -> list[refreshes.NewOffer]:
     dice = random.Random(seed)
     made = []
     for number in range(count):
         gpu, vram = dice.choice(GPUS)
         made.append(
-            rows.NewOffer(
+            refreshes.NewOffer(
                 provider_offer_id=f"o{number}",
                 gpu=gpu,
                 gpu_count=dice.choice([1, 2, 4, 8]) if gpu else 0,
@@ -71,8 +72,8 @@ async def market(world: World) -> World:
     """Two accounts with a hundred offers each, fresh, and what the simulator offers."""
     for number in (1, 2):
         async with store.worker() as tx:
-            account = await rows.ensure_account(tx.conn, f"vendor{number}", "identity", {}, 900)
-            await rows.merge_offers(tx.conn, account, f"vendor{number}", make_offers(100, number))
+            account = await refreshes.ensure_account(tx.conn, f"vendor{number}", "identity", {}, 900)
+            await refreshes.merge_offers(tx.conn, account, f"vendor{number}", make_offers(100, number))
     world.query("UPDATE provider_account SET refreshed_at = clock_timestamp()")
     world.query("UPDATE offer SET gone_at = clock_timestamp() WHERE provider_offer_id = 'o7'")
     return world
@@ -298,8 +299,8 @@ async def test_pages_are_complete_and_without_duplicates_while_offers_come_and_c
 async def add_offers(world: World, number: int, gone: set[str]) -> None:
     """New offers of any price, and one that vanishes."""
     async with store.worker() as tx:
-        account = await rows.ensure_account(tx.conn, f"new{number}", "identity", {}, 900)
-        await rows.merge_offers(tx.conn, account, f"new{number}", make_offers(5, 100 + number))
+        account = await refreshes.ensure_account(tx.conn, f"new{number}", "identity", {}, 900)
+        await refreshes.merge_offers(tx.conn, account, f"new{number}", make_offers(5, 100 + number))
     world.query("UPDATE provider_account SET refreshed_at = clock_timestamp() WHERE refreshed_at IS NULL")
     (row,) = world.query(
         "UPDATE offer SET gone_at = clock_timestamp() WHERE id = (SELECT max(id) FROM offer WHERE gone_at IS NULL) RETURNING id"
@@ -324,7 +325,7 @@ async def test_offers_grow_stale_and_say_so(world: World):
     assert [item["stale"] for item in await found(world, {})] == [False] * 3
 
 
-async def refresh(world: World) -> rows.Changes:
+async def refresh(world: World) -> refreshes.Changes:
     world.query("DELETE FROM refresh")
     changes = await domain.refresh_offers(world.provider, 60)
     assert changes is not None
@@ -365,7 +366,7 @@ async def test_a_refresh_without_a_change_writes_no_offer_no_price_and_no_event(
         )
 
     before = written()
-    assert await refresh(world) == rows.Changes(0, 0)
+    assert await refresh(world) == refreshes.Changes(0, 0)
     assert written() == before
 
 
@@ -373,7 +374,7 @@ async def test_a_refresh_writes_the_one_offer_that_changed_and_its_price(world: 
     before = {row["id"]: row["changed_at"] for row in world.query("SELECT id, changed_at FROM offer")}
     cheaper = replace(OFFERS[0], price_micro_h=1_900_000)
     world.provider.offers = [cheaper, *OFFERS[1:]]
-    assert await refresh(world) == rows.Changes(1, 0)
+    assert await refresh(world) == refreshes.Changes(1, 0)
     changed = [
         row["id"] for row in world.query("SELECT id, changed_at FROM offer") if row["changed_at"] != before[row["id"]]
     ]
@@ -382,18 +383,18 @@ async def test_a_refresh_writes_the_one_offer_that_changed_and_its_price(world: 
     history = world.query("SELECT price_micro_h FROM offer_price WHERE offer_id = %s ORDER BY at", row["id"])
     assert [h["price_micro_h"] for h in history] == [2_000_000, 1_900_000]
     world.provider.offers = [replace(cheaper, availability="low"), *OFFERS[1:]]
-    assert await refresh(world) == rows.Changes(1, 0)
+    assert await refresh(world) == refreshes.Changes(1, 0)
     assert len(world.query("SELECT at FROM offer_price WHERE offer_id = %s", row["id"])) == 2
 
 
 async def test_an_offer_that_is_gone_comes_back_as_the_same(world: World):
     (before,) = world.query("SELECT id FROM offer WHERE provider_offer_id = 'h100-1'")
     world.provider.offers = OFFERS[1:]
-    assert await refresh(world) == rows.Changes(0, 1)
+    assert await refresh(world) == refreshes.Changes(0, 1)
     await world.root.get(f"/v1/offers/{before['id']}", 404)
-    assert await refresh(world) == rows.Changes(0, 0)
+    assert await refresh(world) == refreshes.Changes(0, 0)
     world.provider.offers = OFFERS
-    assert await refresh(world) == rows.Changes(1, 0)
+    assert await refresh(world) == refreshes.Changes(1, 0)
     assert (await world.root.get(f"/v1/offers/{before['id']}"))["price_usd_per_hour"] == "2.000000"
     assert len(world.query("SELECT at FROM offer_price WHERE offer_id = %s", before["id"])) == 1
 
@@ -404,7 +405,7 @@ async def test_one_account_never_touches_the_offers_of_another(world: World):
     other.offers = OFFERS[:1]
     await domain.refresh_offers(other, 60)
     world.provider.offers = []
-    assert await refresh(world) == rows.Changes(0, 3)
+    assert await refresh(world) == refreshes.Changes(0, 3)
     assert len(await found(world, {})) == 1
 
 
@@ -419,7 +420,7 @@ async def test_an_odd_offer_is_left_out_and_the_others_stay(world: World, subtes
     for odd in ODD:
         with subtests.test(**odd):
             world.provider.offers = [replace(OFFERS[0], provider_offer_id="odd", **odd), *OFFERS]
-            assert await refresh(world) == rows.Changes(0, 0)
+            assert await refresh(world) == refreshes.Changes(0, 0)
             noted = world.query("SELECT seen, quarantined, complete FROM refresh")
             assert noted == [{"seen": 4, "quarantined": 1, "complete": True}]
             assert len(await found(world, {})) == 3
@@ -427,7 +428,7 @@ async def test_an_odd_offer_is_left_out_and_the_others_stay(world: World, subtes
 
 async def test_an_offer_listed_twice_is_one_and_the_cheaper_counts(world: World):
     world.provider.offers = [OFFERS[0], *OFFERS, replace(OFFERS[0], price_micro_h=1_500_000)]
-    assert await refresh(world) == rows.Changes(1, 0)
+    assert await refresh(world) == refreshes.Changes(1, 0)
     assert [item["price_usd_per_hour"] for item in await found(world, {"gpu": "h100"})] == ["1.500000", "2.500000"]
 
 
