@@ -80,7 +80,8 @@ async def publish(events: Sequence[Event]) -> None:
 
 async def _send(event: Event) -> bool:
     # After the answer, so that no cold start pays for it; cloudevents types to_binary in part.
-    from cloudevents.http import CloudEvent, to_binary  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType]
+    from cloudevents.conversion import to_binary  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType]
+    from cloudevents.http import CloudEvent  # noqa: PLC0415
 
     attributes = {
         "id": event.id,
