@@ -48,14 +48,16 @@ CREATE FUNCTION wake(p_pod text) RETURNS SETOF event
 LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
     WITH last AS (
         SELECT d.event_id FROM delivery d JOIN event e ON e.id = d.event_id JOIN pod p ON p.id = e.subject
-         WHERE e.subject = p_pod AND d.consumer = 'provisioning' AND p.due_at <= clock_timestamp()
+         WHERE e.subject = p_pod AND d.consumer = 'provisioning' AND p.due_at <= instant()
            AND p.org_id = current_setting('gpubroker.org', true)
          ORDER BY e.id DESC LIMIT 1
+    ), locked AS (  -- of callers at once, the second sees what the first wrote
+        SELECT e.id FROM last JOIN event e ON e.id = last.event_id
+         WHERE e.next_at <= clock_timestamp() + interval '8 seconds'  -- an event of the last two seconds is on its way
+           FOR UPDATE OF e
     ), armed AS (
         UPDATE delivery d SET done_at = NULL, next_at = clock_timestamp() + interval '60 seconds'
-          FROM last, event e
-         WHERE d.event_id = last.event_id AND d.consumer = 'provisioning' AND e.id = d.event_id
-           AND e.next_at <= clock_timestamp() + interval '8 seconds'  -- an event of the last two seconds is on its way
+          FROM locked WHERE d.event_id = locked.id AND d.consumer = 'provisioning'
         RETURNING d.event_id
     )
     UPDATE event e SET next_at = clock_timestamp() + interval '10 seconds' FROM armed WHERE e.id = armed.event_id RETURNING e.*
