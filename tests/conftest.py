@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from gpubroker import accounts, adapters, config, outbox, store
+from gpubroker import accounts, adapters, config, outbox, rates, signing, store
 from gpubroker.local.servers import Postgres, Valkey
 from gpubroker.store import migrations
 from tests.factories import SECRET_KEY, World
@@ -42,7 +42,10 @@ def _no_sockets_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytes
 def _docker_has(image: str) -> bool:
     if shutil.which("docker") is None:
         return False
-    return subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False, timeout=20).returncode == 0
+    return (
+        subprocess.run(["docker", "image", "inspect", image], capture_output=True, check=False, timeout=20).returncode
+        == 0
+    )
 
 
 @pytest.fixture(scope="session")
@@ -139,6 +142,8 @@ async def world(database_url: str, tmp_path: Path, anyio_backend: str) -> AsyncI
     finally:
         await made.close()
         await outbox.close()
+        await rates.limiter.close()
         await adapters.close()
         await store.close()
+        signing.forget_keys()
         config.use(before or config.read({}))

@@ -3,7 +3,7 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import adapters, web
+from gpubroker import adapters, errors, web
 from gpubroker import terminals as domain
 from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import ExecAnswer
@@ -11,7 +11,14 @@ from gpubroker.resources import ExecAnswer
 api = web.Api("exec")
 
 
-@api.operation("GET", "/v1/logs/{pod_id}", scope="pods:read", query=domain.LogQuery, answers={200: str})
+@api.operation(
+    "GET",
+    "/v1/logs/{pod_id}",
+    scope="pods:read",
+    query=domain.LogQuery,
+    answers={200: str},
+    problems=(errors.ProviderFailed,),
+)
 async def read_log(call: web.Call[Nothing, domain.LogQuery]) -> web.Handled:
     """Read a pod's log, or follow it as server-sent events."""
     async with call.transaction() as tx:
@@ -22,7 +29,14 @@ async def read_log(call: web.Call[Nothing, domain.LogQuery]) -> web.Handled:
     return web.show_text(await domain.read_log(adapters.mine(), target, call.query))
 
 
-@api.operation("POST", "/v1/exec/{pod_id}", scope="pods:exec", body=domain.ExecRequest, answers={200: ExecAnswer})
+@api.operation(
+    "POST",
+    "/v1/exec/{pod_id}",
+    scope="pods:exec",
+    body=domain.ExecRequest,
+    answers={200: ExecAnswer},
+    problems=(errors.NotRunning, errors.ProviderFailed),
+)
 async def execute(call: web.Call[domain.ExecRequest, NoQuery]) -> web.Answer:
     """Run a command in a running pod and wait for its end."""
     async with call.transaction() as tx:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import idempotency, inputs, paging, pod_requests, web
+from gpubroker import errors, idempotency, inputs, paging, pod_requests, web
 from gpubroker import pods as domain
 from gpubroker.inputs import Nothing
 from gpubroker.resources import DryRun, Page, Pod, PodEvent
@@ -32,6 +32,7 @@ Action = web.Call[Nothing, domain.WaitQuery]
 @api.operation(
     "POST", "/v1/pods", scope="pods:write", body=pod_requests.PodRequest, query=CreateQuery,
     answers={202: Pod, 201: Pod, 200: DryRun}, idempotent=True,
+    problems=(errors.BudgetExhausted, errors.Conflict, errors.QuoteExpired),
 )  # fmt: skip
 async def create_pod(call: web.Call[pod_requests.PodRequest, CreateQuery]) -> web.Answer:
     """Ask for a pod, under a hold that covers its whole life; with dry_run say what that would be."""
@@ -83,7 +84,10 @@ async def list_events(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
     return web.Answer(page)
 
 
-@api.operation("POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+@api.operation(
+    "POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    problems=(errors.ActionNotAllowed,),
+)  # fmt: skip
 async def start_pod(call: Action) -> web.Answer:
     """Start a stopped pod."""
     async with call.transaction() as tx:
@@ -91,7 +95,10 @@ async def start_pod(call: Action) -> web.Answer:
     return await answer_action(call)
 
 
-@api.operation("POST", "/v1/pods/{id}/stop", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+@api.operation(
+    "POST", "/v1/pods/{id}/stop", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    problems=(errors.ActionNotAllowed,),
+)  # fmt: skip
 async def stop_pod(call: Action) -> web.Answer:
     """Stop a pod and keep its disk."""
     async with call.transaction() as tx:
@@ -100,8 +107,9 @@ async def stop_pod(call: Action) -> web.Answer:
 
 
 @api.operation(
-    "POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod}
-)
+    "POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    problems=(errors.ActionNotAllowed,),
+)  # fmt: skip
 async def restart_pod(call: Action) -> web.Answer:
     """End a pod's program and start it anew."""
     async with call.transaction() as tx:
@@ -111,7 +119,7 @@ async def restart_pod(call: Action) -> web.Answer:
 
 @api.operation(
     "POST", "/v1/pods/{id}/extend", scope="pods:write", body=domain.ExtendRequest, query=domain.WaitQuery,
-    answers={202: Pod, 200: Pod},
+    answers={202: Pod, 200: Pod}, problems=(errors.ActionNotAllowed, errors.BudgetExhausted),
 )  # fmt: skip
 async def extend_pod(call: web.Call[domain.ExtendRequest, domain.WaitQuery]) -> web.Answer:
     """Give a pod a longer life, under a further hold."""

@@ -117,6 +117,12 @@ def use(changed: Settings) -> None:
     _settings = changed
 
 
+def forget_variables(*names: str) -> None:
+    """Take variables out of the environment that a framework has written there and reads again."""
+    for name in names:
+        os.environ.pop(name, None)
+
+
 def with_variables(base: Settings, **changes: str) -> Settings:
     """Read settings anew with some variables replaced."""
     return replace(read({**base.variables, **changes}))

@@ -45,9 +45,9 @@ def _flag(text: object) -> object:
     return text
 
 
-Whole = BeforeValidator(_whole, json_schema_input_type=int)
+Whole = BeforeValidator(_whole)
 """Marks a whole number in a query: `5`, not `5.0` or ` 5`."""
-Flag = BeforeValidator(_flag, json_schema_input_type=bool)
+Flag = BeforeValidator(_flag)
 """Marks a boolean in a query: `true` or `false`, nothing else."""
 
 

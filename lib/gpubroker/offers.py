@@ -59,9 +59,9 @@ Texts = Annotated[
     BeforeValidator(_split),
     Field(min_length=1, max_length=32),
 ]
-Count = Annotated[int, inputs.Whole, Field(ge=0, le=4096)]
-Size = Annotated[int, inputs.Whole, Field(ge=0, le=10**7)]
-Number = Annotated[float, BeforeValidator(_number), Field(ge=0, le=10**7, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=4096), inputs.Whole]
+Size = Annotated[int, Field(ge=0, le=10**7), inputs.Whole]
+Number = Annotated[float, Field(ge=0, le=10**7, allow_inf_nan=False), BeforeValidator(_number)]
 
 
 class Filters(BaseModel):
@@ -81,7 +81,7 @@ class Filters(BaseModel):
     max_price_usd_per_hour: InUsd | None = None
     max_price_usd_per_gpu_hour: InUsd | None = None
     supports: Annotated[list[Support], BeforeValidator(_split)] | None = None
-    min_reliability: Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    min_reliability: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)] | None = None
 
 
 class Requirements(Filters):

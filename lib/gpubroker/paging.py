@@ -14,7 +14,7 @@ from gpubroker.inputs import Query, Whole, invalid
 class Paged(Query):
     """What every list takes."""
 
-    limit: Annotated[int, Whole, Field(ge=1, le=200, description="How many items at the most.")] = 50
+    limit: Annotated[int, Field(ge=1, le=200, description="How many items at the most."), Whole] = 50
     cursor: str | None = Field(default=None, max_length=1024, description="next_cursor of the page before.")
 
 
@@ -34,7 +34,9 @@ def read_cursor(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
     if not isinstance(place, list):
         raise invalid("?cursor", "is not a cursor of this list")
     values = cast("list[object]", place)
-    is_odd = any(isinstance(value, str) and not value.isprintable() for value in values)  # PostgreSQL could not store it
+    is_odd = any(
+        isinstance(value, str) and not value.isprintable() for value in values
+    )  # PostgreSQL could not store it
     if is_odd or len(values) != len(kinds) or any(type(v) is not kind for v, kind in zip(values, kinds, strict=True)):
         raise invalid("?cursor", "is not a cursor of this list")
     return tuple(values)

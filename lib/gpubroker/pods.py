@@ -55,9 +55,9 @@ class ExtendRequest(Input):
 class WaitQuery(inputs.Query):
     """How long to wait for the pod to change before answering."""
 
-    wait: Annotated[int, inputs.Whole, Field(ge=0, le=60)] = 0
+    wait: Annotated[int, Field(ge=0, le=60), inputs.Whole] = 0
     until: Literal["running", "settled", "change"] = "settled"
-    after_version: Annotated[int, inputs.Whole, Field(ge=0)] | None = None
+    after_version: Annotated[int, Field(ge=0), inputs.Whole] | None = None
 
 
 LabelPair = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=", max_length=300)]

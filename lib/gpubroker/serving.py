@@ -2,9 +2,10 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gpubroker import bundle, config, errors
 
@@ -14,11 +15,41 @@ if TYPE_CHECKING:
 _GRACE_SECONDS = 15
 
 
-def load(name: str) -> ASGIApp:
-    """Load a function of the bundle as functions-framework does, as an ASGI application."""
-    import functions_framework.aio  # noqa: PLC0415 - only a server needs it
+def load(name: str, source: Path | None = None) -> ASGIApp:
+    """Load a function of the bundle as functions-framework does. Raises SetupError for a file or function that is not there.
 
-    return functions_framework.aio.create_asgi_app(bundle.function(name).name, str(bundle.source(name)))
+    What the framework leaves behind is undone, so that several can be loaded: it loads every file as the module `main`, adds
+    its folder to the path, and writes into the environment, where FUNCTION_SIGNATURE_TYPE would decide over the next.
+    """
+    # Only a server needs it; it has no types of its own.
+    from functions_framework.aio import create_asgi_app  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType]
+    from functions_framework.exceptions import FunctionsFrameworkException  # noqa: PLC0415 - as above
+
+    before, path = sys.modules.get("main"), list(sys.path)
+    try:
+        return _Plain(create_asgi_app(name, str(source or bundle.source(name))))
+    except FunctionsFrameworkException as error:
+        msg = f"the function {name} cannot be loaded: {' '.join(str(error).split())}"
+        raise errors.SetupError(msg) from None
+    finally:
+        sys.path[:] = path
+        sys.modules.pop("main", None)
+        if before is not None:
+            sys.modules["main"] = before
+        config.forget_variables("FUNCTION_TARGET", "FUNCTION_SIGNATURE_TYPE")
+
+
+class _Plain:
+    """A line break in a path matches no route of the framework, which would answer for itself: our own 404 is better."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on, its path in one line."""
+        if scope["type"] == "http" and "\n" in scope["path"]:
+            scope = {**scope, "path": scope["path"].replace("\n", "%0A")}
+        await self._app(scope, receive, send)
 
 
 def set_up_logging() -> None:
@@ -56,7 +87,7 @@ def serve(name: str, port: int | None, host: str) -> int:
 
 
 async def _run(server: "uvicorn.Server") -> None:
-    from gpubroker import adapters, outbox, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
+    from gpubroker import adapters, outbox, rates, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
 
     try:
         await store.pool()
@@ -70,5 +101,6 @@ async def _run(server: "uvicorn.Server") -> None:
         raise errors.SetupError("the port cannot be listened on; is it taken?") from None
     finally:
         await outbox.close()
+        await rates.limiter.close()
         await adapters.close()
         await store.close()

@@ -31,7 +31,7 @@ _LONGEST_LINE: Final = 64 * 1024
 class LogQuery(inputs.Query):
     """Which part of a log."""
 
-    tail: Annotated[int, inputs.Whole, Field(ge=0, le=100_000, description="So many last lines.")] = 200
+    tail: Annotated[int, Field(ge=0, le=100_000, description="So many last lines."), inputs.Whole] = 200
     since: Annotated[datetime, BeforeValidator(parse_time)] | None = None
     follow: Annotated[bool, inputs.Flag] = False
 

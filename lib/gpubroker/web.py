@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -22,9 +22,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from gpubroker import bundle, config, errors, keys, outbox, signing, store
+from gpubroker import bundle, config, errors, keys, outbox, rates, signing, store
 from gpubroker.ids import new_id
 from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
+from gpubroker.operations import Operation
 
 log = logging.getLogger("gpubroker.web")
 
@@ -53,24 +54,6 @@ class Answer:
 Handled = Answer | Response
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method of one path: what it takes, needs and answers."""
-
-    method: str
-    path: str
-    handler: Callable[["Call[Any, Any]"], Awaitable[Handled]]
-    summary: str
-    scope: str | None = None
-    open: bool = False
-    body: type[Input] = Nothing
-    query: type[Query] = NoQuery
-    answers: Mapping[int, Any] = field(default_factory=dict[int, Any])
-    idempotent: bool = False
-    form: type[BaseModel] | None = None
-    """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""
-
-
 class Call(Generic[B, Q]):
     """One request, checked: `body` and `query` are what the operation's models made of it."""
 
@@ -85,6 +68,7 @@ class Call(Generic[B, Q]):
         self.form: dict[str, str] = {}
         self.headers: dict[str, str] = {}
         """Headers for whatever answer there will be."""
+        self._is_counted = False
         self._body: Input = Nothing()
         self._query: Query = NoQuery()
 
@@ -106,6 +90,9 @@ class Call(Generic[B, Q]):
     async def transaction(self) -> AsyncGenerator[store.Transaction]:
         """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
         async with store.public(self.credential, self.operation.scope) as tx:
+            if not self._is_counted:
+                self._is_counted = True
+                self.headers |= (await rates.limiter.take(tx.known.org_id, tx.known.plan)).as_headers()
             yield tx
 
     async def read(self) -> None:
@@ -155,14 +142,18 @@ class Api(Served):
         answers: Mapping[int, Any],
         idempotent: bool = False,
         form: type[BaseModel] | None = None,
+        problems: Sequence[type[errors.Problem]] = (),
     ) -> Callable[[Callable[[Call[B, Q]], Awaitable[Handled]]], Callable[[Call[B, Q]], Awaitable[Handled]]]:
-        """Declare an operation; its handler's docstring is its summary."""
+        """Declare an operation; its handler's docstring is its summary, `problems` what it may answer beside the usual."""
 
         def declare(handler: Callable[[Call[B, Q]], Awaitable[Handled]]) -> Callable[[Call[B, Q]], Awaitable[Handled]]:
             summary = (handler.__doc__ or "").strip().splitlines()[0]
             self.operations.append(
-                Operation(method, path, handler, summary, scope, open, body, query, dict(answers), idempotent, form)
-            )
+                Operation(
+                    method, path, handler, summary, scope=scope, open=open, body=body, query=query, answers=dict(answers),
+                    idempotent=idempotent, form=form, problems=tuple(problems),
+                )
+            )  # fmt: skip
             return handler
 
         return declare
@@ -173,11 +164,20 @@ class Api(Served):
             self._router = self._route()
         await self._router(scope, receive, send)
 
+    async def _describe(self, call: "Call[Any, Any]") -> Answer:
+        from gpubroker import openapi  # noqa: PLC0415 - who asks for it waits for it
+
+        del call
+        return Answer(openapi.describe(self.name, self.operations), headers={"Cache-Control": "public, max-age=300"})
+
     def _route(self) -> Router:
-        health = Operation("GET", "/healthz", _check_health, "Say whether this function works.", open=True)
-        manual = Operation("GET", _ERRORS_PATH, _show_errors, "What each error means.", open=True)
+        served = (
+            Operation("GET", "/healthz", _check_health, "Say whether this function works.", open=True),
+            Operation("GET", _ERRORS_PATH, _show_errors, "What each error means.", open=True),
+            Operation("GET", f"/openapi/{self.name}.json", self._describe, "Describe this function.", open=True),
+        )
         paths: dict[str, dict[str, Operation]] = {}
-        for operation in (*self.operations, health, manual):
+        for operation in (*self.operations, *served):
             paths.setdefault(operation.path, {})[operation.method] = operation
         routes = [Route(path, _Resource(methods)) for path, methods in paths.items()]
         return Router(routes, redirect_slashes=False, default=_Resource({}))

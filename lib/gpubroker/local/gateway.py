@@ -5,53 +5,23 @@ The functions are loaded and called as functions-framework does it, so that each
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, cast
 
 import httpx
-from functions_framework.aio import create_asgi_app  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-from functions_framework.exceptions import (  # pyright: ignore[reportMissingTypeStubs]
-    FunctionsFrameworkException,
-)
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpubroker import bundle
-from gpubroker.errors import SetupError
+from gpubroker import bundle, serving
 
 _OK: Final = 200
 _HEALTH_SECONDS: Final = 5.0
-_VARIABLES: Final = ("FUNCTION_TARGET", "FUNCTION_SIGNATURE_TYPE")
-_MODULE: Final = "main"
 
 
 def load(sources: Mapping[str, Path]) -> dict[str, ASGIApp]:
     """Load functions by their names and files. Raises SetupError for a file or function that is not there."""
-    return {name: _load_one(name, source) for name, source in sources.items()}
-
-
-def _load_one(name: str, source: Path) -> ASGIApp:
-    """Load one function and undo what the framework leaves behind.
-
-    It loads every file as the module `main`, adds its folder to the path, and writes into the environment, where
-    FUNCTION_SIGNATURE_TYPE would decide over functions loaded later.
-    """
-    before, path = sys.modules.get(_MODULE), list(sys.path)
-    try:
-        return cast("ASGIApp", create_asgi_app(name, str(source)))
-    except FunctionsFrameworkException as error:
-        msg = f"the function {name} cannot be loaded: {' '.join(str(error).split())}"
-        raise SetupError(msg) from None
-    finally:
-        sys.path[:] = path
-        sys.modules.pop(_MODULE, None)
-        if before is not None:
-            sys.modules[_MODULE] = before
-        for variable in _VARIABLES:
-            os.environ.pop(variable, None)  # written by the framework just now, never read by us
+    return {name: serving.load(name, source) for name, source in sources.items()}
 
 
 class Gateway:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import uvicorn
 from starlette.types import ASGIApp
 
-from gpubroker import adapters, bundle, config, outbox, store
+from gpubroker import adapters, bundle, config, outbox, rates, store
 from gpubroker.errors import SetupError
 from gpubroker.local import ending, gateway, processes, triggers
 from gpubroker.local.broker import Broker
@@ -178,6 +178,7 @@ class Runtime:
             await self._schedule.close()
         await self._end_serving(*self._serving)
         await _quietly(outbox.close(_CLOSE_SECONDS / 2))
+        await _quietly(rates.limiter.close())
         if self._broker is not None:
             await _quietly(self._broker.close())
         await _quietly(adapters.close())

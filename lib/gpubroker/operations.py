@@ -1,0 +1,30 @@
+"""What an API is made of: one method of one path, with what it takes, needs and answers."""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from gpubroker.errors import Problem
+from gpubroker.inputs import Input, NoQuery, Nothing, Query
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path: what it takes, needs and answers."""
+
+    method: str
+    path: str
+    handler: Callable[[Any], Awaitable[Any]]
+    summary: str
+    scope: str | None = None
+    open: bool = False
+    body: type[Input] = Nothing
+    query: type[Query] = NoQuery
+    answers: Mapping[int, Any] = field(default_factory=dict[int, Any])
+    idempotent: bool = False
+    form: type[BaseModel] | None = None
+    """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""
+    problems: tuple[type[Problem], ...] = ()
+    """What it may answer beside the errors that every operation may."""
