@@ -30,7 +30,6 @@ LONGEST_LIFE_SECONDS: Final = 366 * 24 * HOUR
 Life = Annotated[int, Field(ge=holds.SHORTEST_LIFE_SECONDS, le=LONGEST_LIFE_SECONDS)]
 """Seconds from a pod's creation to its end."""
 _ACTIONS: Final[Mapping[str, Sequence[str]]] = {
-    "awaiting_approval": (),
     "requested": ("extend",),
     "creating": ("extend",),
     "starting": ("extend",),
@@ -98,7 +97,8 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
         raise inputs.invalid("/max_lifetime_seconds", "max_lifetime_seconds or budget_usd is needed")
     candidate = _read_candidate(pod)
     taken, held = await rows.sum_holds(tx.conn, pod_id)
-    life, budget = _new_totals(pod, request, candidate)
+    possible = [candidate] if pod.running_at else await rows.list_candidates(tx.conn, pod_id)
+    life, budget = _new_totals(pod, request, possible)
     present_life = round((pod.ends_at - pod.created_at).total_seconds())
     movable = bool(candidate.capabilities.get("moves_hard_stop")) or not pod.attempts
     latest = round((pod.hard_stop_at - pod.created_at).total_seconds())
@@ -107,14 +107,14 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
         raise errors.NotSupported(
             msg, more={"errors": [{"pointer": "/max_lifetime_seconds", "message": f"at most {latest}"}]}
         )
-    needed = holds.needed_micro([candidate], life)
+    needed, worst = holds.needed_micro(possible, life), holds.dearest(possible)
     if budget is not None and needed > budget:
-        raise budgets.refuse(needed, budget, candidate.price_micro_h, holds.fixed_micro(candidate), tx.known.agent_id)
+        raise budgets.refuse(needed, budget, worst.price_micro_h, holds.fixed_micro(worst), tx.known.agent_id)
     await rows.extend(tx.conn, pod_id, life, request.budget_usd, move_hard_stop=movable)
     if life > present_life:
         await _announce(tx, pod_id, "extend")
     if needed > held:
-        await _take_more(tx, pod, taken, needed - held, candidate)
+        await _take_more(tx, pod, taken, needed - held, worst)
 
 
 async def _take_more(tx: store.Transaction, pod: rows.PodView, taken: int, more: int, candidate: Candidate) -> None:
@@ -129,7 +129,7 @@ async def _take_more(tx: store.Transaction, pod: rows.PodView, taken: int, more:
         raise purse.refuse(more, candidate.price_micro_h, 0, limiting=limiting) from None
 
 
-def _new_totals(pod: rows.PodView, request: ExtendRequest, candidate: Candidate) -> tuple[int, int | None]:
+def _new_totals(pod: rows.PodView, request: ExtendRequest, possible: Sequence[Candidate]) -> tuple[int, int | None]:
     present = round((pod.ends_at - pod.created_at).total_seconds())
     budget = pod.budget_micro if request.budget_usd is None else request.budget_usd
     if request.max_lifetime_seconds is not None and request.max_lifetime_seconds < present:
@@ -140,7 +140,7 @@ def _new_totals(pod: rows.PodView, request: ExtendRequest, candidate: Candidate)
         )
     if request.max_lifetime_seconds is not None:
         return request.max_lifetime_seconds, budget
-    paid_for = holds.affordable_life([candidate], budget or 0)
+    paid_for = holds.affordable_life(possible, budget or 0)
     return min(max(present, paid_for), LONGEST_LIFE_SECONDS), budget
 
 

@@ -10,6 +10,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection, Transaction
+from gpubroker.store.offers import Candidate
 
 DUPLICATE_SECONDS: Final = 120
 HARD_STOP_SECONDS: Final = 15 * 60
@@ -104,8 +105,15 @@ async def find_named(conn: Connection, agent_id: str, name: str) -> str | None:
     return str(row[0]) if row else None
 
 
+_LOCK_SAME: Final = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
+
+
 async def find_same(conn: Connection, agent_id: str, body_mac: bytes) -> str | None:
-    """A pod that an equal request of this agent made within the last two minutes and that is still wanted."""
+    """A pod that an equal request of this agent made within the last two minutes and that is still wanted.
+
+    Until the end of the transaction every equal request waits here: what is sent twice at once is a duplicate too.
+    """
+    await conn.execute(_LOCK_SAME, (f"{agent_id} {body_mac.hex()}",))
     row = await (await conn.execute(_SAME, (agent_id, body_mac, DUPLICATE_SECONDS))).fetchone()
     return str(row[0]) if row else None
 
@@ -271,7 +279,7 @@ async def lock_pod(conn: Connection, above: str, pod_id: str) -> bool:
 
 _WANT_GONE: Final = """
 UPDATE pod
-   SET wanted = 'gone', wanted_at = instant(), state = 'terminating', state_reason = NULL, version = version + 1,
+   SET wanted = 'gone', wanted_at = instant(), state = 'terminating', state_reason = %(reason)s, version = version + 1,
        ends_because = %(because)s, due_at = instant(), failures = 0,
        charge_until = date_trunc('second', least(instant(), %(until)s::timestamptz))
                       + %(allowance)s * interval '1 second'
@@ -279,11 +287,17 @@ UPDATE pod
 
 
 async def want_gone(
-    conn: Connection, pod_id: str, because: str, allowance_seconds: int, until: datetime | None = None
+    conn: Connection,
+    pod_id: str,
+    because: str,
+    allowance_seconds: int,
+    until: datetime | None = None,
+    reason: str | None = None,
 ) -> bool:
     """Want the pod's end; false when it was wanted before. Its agent pays at most the allowance from now, or from `until`, on."""
     done = await conn.execute(
-        _WANT_GONE, {"id": pod_id, "because": because, "allowance": allowance_seconds, "until": until}
+        _WANT_GONE,
+        {"id": pod_id, "because": because, "allowance": allowance_seconds, "until": until, "reason": reason},
     )
     return done.rowcount == 1
 
@@ -317,11 +331,11 @@ async def want_restart(conn: Connection, pod_id: str) -> None:
 _EXTEND: Final = """
 UPDATE pod SET ends_at = created_at + %(life)s * interval '1 second',
        hard_stop_at = greatest(hard_stop_at, created_at + (%(life)s + %(hard_stop)s) * interval '1 second'),
-       budget_micro = coalesce(%(budget)s, budget_micro), version = version + 1, due_at = instant()
+       budget_micro = coalesce(%(budget)s, budget_micro), version = version + 1, expiring_told_at = NULL, due_at = instant()
  WHERE id = %(id)s"""
 _EXTEND_WITHIN: Final = """
 UPDATE pod SET ends_at = created_at + %(life)s * interval '1 second', budget_micro = coalesce(%(budget)s, budget_micro),
-       version = version + 1 WHERE id = %(id)s"""
+       version = version + 1, expiring_told_at = NULL WHERE id = %(id)s"""
 
 
 async def extend(
@@ -330,6 +344,15 @@ async def extend(
     """Move the pod's end; its hard stop too where the provider can be told."""
     parameters = {"id": pod_id, "life": life_seconds, "budget": budget_micro, "hard_stop": HARD_STOP_SECONDS}
     await conn.execute(_EXTEND if move_hard_stop else _EXTEND_WITHIN, parameters)
+
+
+_CANDIDATES: Final = "SELECT candidates FROM pod WHERE id = %s"
+
+
+async def list_candidates(conn: Connection, pod_id: str) -> list[Candidate]:
+    """The offers that a pod may use, best first, at the prices quoted when it was asked for."""
+    row = await (await conn.execute(_CANDIDATES, (pod_id,))).fetchone()
+    return [Candidate(**candidate) for candidate in row[0]] if row else []
 
 
 _COUNT_HOLDS: Final = "SELECT count(*)::int, coalesce(sum(amount_micro), 0)::bigint FROM hold WHERE pod_id = %s"
