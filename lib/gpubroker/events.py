@@ -104,6 +104,7 @@ EVENTS: Final = (
     EventType("pod.stopped", PodData, _DRIVERS, ("metering",), "The pod was seen stopped, asked for or by its own exit."),
     EventType("pod.interrupted", PodData, _DRIVERS, ("metering",), "The provider took the instance away or outbid it."),
     EventType("pod.failed", PodData, _DRIVERS, ("metering",), "No offer could make it run; it goes on to terminated."),
+    EventType("pod.expiring", PodData, _DRIVERS, (), "The pod ends soon: in 5 minutes, or a tenth of its life."),
     EventType("pod.terminating", PodData, ("pods", "reconcile"), ("provisioning",), "The pod's end is wanted."),
     EventType("pod.terminated", PodData, _DRIVERS, (), "The instance is gone by evidence, billed, and the hold is closed."),
     EventType("usage.recorded", UsageData, ("metering", "reconcile"), (), "An instance was billed up to a moment."),

@@ -38,6 +38,8 @@ SEND_SECONDS: Final = 10
 _POLL_SECONDS: Final = 2
 _LONGEST_PAUSE_SECONDS: Final = 60
 _SLOW_POLL_SECONDS: Final = 15
+_LOG_BYTES: Final = 1024 * 1024
+_LOG_SECONDS: Final = 10
 
 
 class Step(Enum):
@@ -45,6 +47,7 @@ class Step(Enum):
 
     REST = auto()
     EXPIRE = auto()
+    WARN = auto()
     WAIT = auto()
     DOUBT = auto()
     LOOK_UP = auto()
@@ -89,8 +92,10 @@ class Work:
 def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one state of affairs
     """The step that is due. A pure rule over rows: who asked for it, or in which order things came, plays no part."""
     pod, attempt, instance = work.pod, work.attempt, work.instance
-    if pod.wanted != "gone" and pod.now >= pod.ends_at:
+    if pod.wanted != "gone" and (pod.now >= pod.ends_at or (pod.idle_at is not None and pod.now >= pod.idle_at)):
         return Step.EXPIRE
+    if pod.wanted != "gone" and pod.warns_at is not None and pod.now >= pod.warns_at:
+        return Step.WARN
     if attempt is not None and attempt.state == "open":
         return Step.WAIT if pod.now < attempt.over_at else Step.DOUBT
     if attempt is not None and attempt.state == "ambiguous":
@@ -151,6 +156,7 @@ class Driver:
         self._steps: dict[Step, Callable[[Work], Awaitable[None]]] = {
             Step.REST: self._rest,
             Step.EXPIRE: self._expire,
+            Step.WARN: self._warn,
             Step.WAIT: self._wait,
             Step.DOUBT: self._doubt,
             Step.LOOK_UP: self._look_up,
@@ -209,6 +215,14 @@ class Driver:
 
     async def _expire(self, work: Work) -> None:
         await expire(work.pod.id)
+
+    async def _warn(self, work: Work) -> None:
+        """Tell that the pod's end comes, once, and go on at once."""
+        async with store.worker() as tx:
+            pod = await rows.lock_pod(tx.conn, work.pod.id)
+            if pod.turn == work.pod.turn and pod.wanted != "gone" and pod.expiring_told_at is None:
+                await rows.save_pod(tx.conn, replace(pod, expiring_told_at=pod.now, due_at=pod.now))
+                await sightings.announce(tx, pod, "pod.expiring")
 
     async def _wait(self, work: Work) -> None:
         """Another driver may be in the middle of the create: nothing is known before its time is over."""
@@ -407,6 +421,8 @@ class Driver:
 
     async def _terminate(self, work: Work) -> None:
         attempt, adapter, instance = self._parts(work)
+        if instance.terminate_sent_at is None:
+            await _keep_log(attempt, adapter, instance)
         try:
             await _limited(attempt, adapter.terminate(instance.provider_instance_id))
         except errors.InstanceNotFound:
@@ -551,17 +567,22 @@ def _due(work: Work, pod: PodRow, due_at: datetime | None) -> PodRow:
     if pod.wanted_at != work.pod.wanted_at or pod.restart_requested_at != work.pod.restart_requested_at:
         return replace(pod, due_at=pod.now)
     if due_at is None and pod.wanted != "gone":  # nothing is to be done before its end
-        return replace(pod, due_at=pod.ends_at)
+        return replace(pod, due_at=min(at for at in (pod.ends_at, pod.warns_at, pod.idle_at) if at is not None))
     return replace(pod, due_at=due_at)
 
 
 async def expire(pod_id: str) -> bool:
-    """Want the end of a pod whose time is over: the database alone decides that. False when it is not, or was wanted."""
+    """Want the end of a pod whose time is over, or that was idle for too long: the database alone decides that.
+
+    False when neither is so, or its end was wanted before.
+    """
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, pod_id)
-        if pod.wanted == "gone" or pod.ends_at > pod.now:
+        is_idle = pod.idle_at is not None and pod.idle_at <= pod.now
+        if pod.wanted == "gone" or (pod.ends_at > pod.now and not is_idle):
             return False
-        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at)
+        reason = f"idle for {pod.idle_seconds} s" if is_idle and pod.ends_at > pod.now else None
+        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at, reason)
         await sightings.announce(
             tx, replace(pod, state="terminating", version=pod.version + 1, ends_because="lifetime")
         )
@@ -719,6 +740,22 @@ async def _make_stray(tx: store.Transaction, pod: PodRow, work: Work) -> None:
         await sightings.charge_installation(tx, stray, work.maker)
     else:
         await money_rows.change_phase(tx.conn, stray.id, pod.now, "full", work.maker.price_micro_h, "operator")
+
+
+async def _keep_log(attempt: AttemptRow, adapter: base.Provider, instance: InstanceRow) -> None:
+    """Keep the last of the log before the provider forgets it; what cannot be had now is not waited for."""
+    if "logs" not in attempt.candidate.supports:
+        return
+    try:
+        call = adapter.logs(instance.provider_instance_id, after=None, since=None, limit=_LOG_BYTES)
+        page = await asyncio.wait_for(call, _LOG_SECONDS)
+    except (errors.ProviderError, TimeoutError, OSError) as error:
+        log.info("%s: its log was not kept: %s", attempt.pod_id, type(error).__name__)
+        return
+    tail = page.data[-_LOG_BYTES:]
+    async with store.worker() as tx:
+        starts_at = page.starts_at + len(page.data) - len(tail)
+        await pod_rows.keep_log(tx.conn, attempt.pod_id, attempt.org_id, starts_at, tail)
 
 
 async def _refuse_start(work: Work, rejection: errors.Rejected) -> None:

@@ -209,9 +209,9 @@ async def save(tx: store.Transaction, before: PodRow, after: PodRow) -> PodRow:
     return after
 
 
-async def announce(tx: store.Transaction, pod: PodRow) -> None:
-    """Write the event of the pod's present state, where there is one."""
-    what = f"pod.{pod.state}"
+async def announce(tx: store.Transaction, pod: PodRow, what: str | None = None) -> None:
+    """Write an event of the pod: that of its present state, where there is one, or the one named."""
+    what = what or f"pod.{pod.state}"
     if what not in BY_WHAT:
         return
     latest = pod.candidates[0] if pod.candidates else {}

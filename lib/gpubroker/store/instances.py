@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString
 
 from psycopg.rows import class_row
@@ -40,11 +40,28 @@ class PodRow:
     env_sealed: bytes | None
     restart_requested_at: datetime | None
     restart_done_at: datetime | None
+    expiring_told_at: datetime | None
+    idle_seconds: int | None
+    touched_at: datetime
     exit_code: int | None
     ends_because: str | None
     running_at: datetime | None
     terminated_at: datetime | None
     now: datetime
+
+    @property
+    def idle_at(self) -> datetime | None:
+        """When it will have been idle for too long, if it may not be."""
+        if self.idle_seconds is None or self.state != "running":
+            return None
+        return self.touched_at + timedelta(seconds=self.idle_seconds)
+
+    @property
+    def warns_at(self) -> datetime | None:
+        """When its coming end is told: 5 minutes or a tenth of its life before it. None: it was told."""
+        if self.expiring_told_at is not None:
+            return None
+        return self.ends_at - min(timedelta(minutes=5), (self.ends_at - self.created_at) / 10)
 
     @property
     def is_restart_pending(self) -> bool:
@@ -113,7 +130,7 @@ class InstanceRow:
 
 _POD: Final = """id, org_id, agent_id, name, version, state, state_reason, billing, wanted, wanted_at, charge_until, due_at, turn,
        failures, created_at, ends_at, hard_stop_at, spec, candidates, env_sealed, restart_requested_at, restart_done_at,
-       exit_code, ends_because, running_at, terminated_at, instant() AS now"""
+       expiring_told_at, idle_seconds, touched_at, exit_code, ends_because, running_at, terminated_at, instant() AS now"""
 _ATTEMPT: Final = """
 SELECT id, org_id, pod_id, n, account_id, provider, offer_id, offer, price_micro_h, ref, send_before, over_at, state, code,
        looked_up, at, settled_at, hold_until FROM attempt"""
@@ -158,7 +175,8 @@ async def lock_pod(conn: Connection, pod_id: str) -> PodRow:
 _SAVE_POD: Final = """
 UPDATE pod SET state = %(state)s, state_reason = %(state_reason)s, billing = %(billing)s, wanted = %(wanted)s,
        wanted_at = %(wanted_at)s, charge_until = %(charge_until)s, due_at = %(due_at)s, failures = %(failures)s,
-       env_sealed = %(env_sealed)s, restart_done_at = %(restart_done_at)s, exit_code = %(exit_code)s,
+       env_sealed = %(env_sealed)s, restart_done_at = %(restart_done_at)s, expiring_told_at = %(expiring_told_at)s,
+       exit_code = %(exit_code)s,
        ends_because = %(ends_because)s, running_at = %(running_at)s, terminated_at = %(terminated_at)s, version = %(version)s
  WHERE id = %(id)s"""
 
@@ -198,7 +216,12 @@ async def list_due(conn: Connection, within_seconds: float, limit: int) -> list[
     return [str(row[0]) for row in await (await conn.execute(_DUE, (within_seconds, limit))).fetchall()]
 
 
-_EXPIRED: Final = "SELECT id FROM pod WHERE ends_at <= instant() AND wanted <> 'gone' ORDER BY ends_at LIMIT %s"
+_EXPIRED: Final = """
+SELECT id FROM pod WHERE ends_at <= instant() AND wanted <> 'gone'
+UNION
+SELECT id FROM pod WHERE idle_seconds IS NOT NULL AND state = 'running' AND wanted <> 'gone'
+   AND touched_at + idle_seconds * interval '1 second' <= instant()
+ LIMIT %s"""
 
 
 async def list_expired(conn: Connection, limit: int) -> list[str]:

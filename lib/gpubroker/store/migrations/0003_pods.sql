@@ -45,6 +45,7 @@ CREATE TABLE pod (
 CREATE UNIQUE INDEX pod_name ON pod (agent_id, name) WHERE wanted <> 'gone';
 CREATE INDEX pod_due ON pod (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX pod_ends ON pod (ends_at) WHERE wanted <> 'gone';
+CREATE INDEX pod_idle ON pod (touched_at) WHERE idle_seconds IS NOT NULL AND wanted <> 'gone';
 CREATE INDEX pod_page ON pod (org_id, agent_id, id DESC);
 CREATE INDEX pod_same ON pod (agent_id, body_mac, created_at) WHERE body_mac IS NOT NULL;
 CREATE INDEX pod_live ON pod (agent_id) WHERE wanted <> 'gone';
