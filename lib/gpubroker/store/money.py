@@ -131,8 +131,11 @@ class Span:
     agent_id: str | None = None
 
     def parameters(self) -> dict[str, object]:
-        """The parameters that all queries of usage share."""
-        return {"above": self.above, "from": self.from_at, "to": self.to_at, "pod": self.pod_id, "agent": self.agent_id}
+        """The parameters that all queries of usage share. What ran is cut at whole seconds, as it is billed."""
+        return {
+            "above": self.above, "from": self.from_at, "to": self.to_at, "pod": self.pod_id, "agent": self.agent_id,
+            "from_second": self.from_at.replace(microsecond=0), "to_second": self.to_at.replace(microsecond=0),
+        }  # fmt: skip
 
 
 async def list_records(conn: Connection, span: Span, after: str | None, limit: int) -> list[UsageRecord]:
@@ -146,14 +149,14 @@ _PIECES: Final = """
 WITH span AS (
     SELECT u.pod_id, d.agent_id, t.provider, t.gpu, t.gpu_count, f.billing, lower(u.during) AS from_at,
            extract(epoch FROM upper(u.during) - lower(u.during))::bigint AS whole, u.charged_micro,
-           greatest(lower(u.during), %(from)s) AS a, least(upper(u.during), %(to)s) AS z
+           greatest(lower(u.during), %(from_second)s) AS a, least(upper(u.during), %(to_second)s) AS z
       FROM usage_interval u
       JOIN pod d ON d.id = u.pod_id
       JOIN agent_path p ON p.agent_id = d.agent_id AND p.ancestor_id = %(above)s
       JOIN instance i ON i.id = u.instance_id
       JOIN attempt t ON t.id = i.attempt_id
       JOIN phase f ON f.instance_id = u.instance_id AND f.seq = u.phase_seq
-     WHERE u.payer = 'customer' AND u.during && tstzrange(%(from)s, %(to)s)
+     WHERE u.payer = 'customer' AND u.during && tstzrange(%(from_second)s, %(to_second)s)
        AND (%(pod)s::text IS NULL OR u.pod_id = %(pod)s) AND (%(agent)s::text IS NULL OR d.agent_id = %(agent)s)
 ), cut AS (  -- at full hours, for those who ask by the hour; amounts telescope, so that cutting never changes a sum
     SELECT s.*, greatest(s.a, g.at) AS b, least(s.z, g.at + interval '1 hour') AS e
