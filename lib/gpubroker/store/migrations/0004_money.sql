@@ -81,7 +81,7 @@ CREATE TABLE ledger (
     month        date NOT NULL,
     source       text NOT NULL,
     reverses     bigint UNIQUE REFERENCES ledger,
-    at           timestamptz NOT NULL DEFAULT clock_timestamp(),
+    at           timestamptz NOT NULL DEFAULT instant(),
     UNIQUE NULLS NOT DISTINCT (source, account, hold_id),
     CHECK (account = 'loss' OR (hold_id IS NOT NULL AND pod_id IS NOT NULL)),
     CHECK ((amount_micro < 0) = (reverses IS NOT NULL))
