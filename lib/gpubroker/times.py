@@ -22,7 +22,7 @@ def parse_time(text: str) -> datetime:
     if len(text) < len("2026-01-01T00:00:00Z") or text[10] not in "Tt ":
         msg = "is not an RFC 3339 time such as 2026-11-22T18:58:03Z"
         raise ValueError(msg)
-    moment = datetime.fromisoformat(text)
+    moment = datetime.fromisoformat(text.upper())
     if moment.tzinfo is None:
         msg = "needs an offset, such as 2026-11-22T18:58:03Z"
         raise ValueError(msg)
