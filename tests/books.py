@@ -138,6 +138,9 @@ class Books:
         minimum: int = 0,
         increment: int = 1,
         role: str = "live",
+        gpu: str | None = "H100 SXM",
+        gpu_count: int = 1,
+        provider: str = "simulated",
     ) -> str:
         """An instance of a new attempt of a pod."""
         n = self.value("SELECT count(*)::int + 1 FROM attempt WHERE pod_id = %s", pod_id)
@@ -146,9 +149,9 @@ class Books:
         self.query(
             """INSERT INTO attempt (id, org_id, pod_id, n, account_id, provider, offer_id, offer, gpu, gpu_count,
                                     price_micro_h, ref, send_before, over_at, state)
-               SELECT %s, org_id, id, %s, %s, 'simulated', 'ofr', %s, 'H100 SXM', 1, %s, %s, %s, %s, 'created'
-                 FROM pod WHERE id = %s""",
-            attempt_id, n, self.account_id, Jsonb(offer), price, f"gb-{attempt_id[4:]}", known_at, known_at, pod_id,
+               SELECT %s, org_id, id, %s, %s, %s, 'ofr', %s, %s, %s, %s, %s, %s, %s, 'created' FROM pod WHERE id = %s""",
+            attempt_id, n, self.account_id, provider, Jsonb(offer), gpu, gpu_count, price, f"gb-{attempt_id[4:]}",
+            known_at, known_at, pod_id,
         )  # fmt: skip
         return self.value(
             """INSERT INTO instance (id, org_id, attempt_id, pod_id, account_id, provider_instance_id, role, known_at,
