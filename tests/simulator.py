@@ -308,7 +308,8 @@ class Final(Simulated):
             raise InstanceNotFound("not_found", instance_id)
         seen = self.see(rented)
         if rented.gone_at is not None:
-            return replace(seen, life="gone", billing="none", ended_at=datetime.fromtimestamp(rented.gone_at, UTC))
+            ended = seen.ended_at or datetime.fromtimestamp(rented.gone_at, UTC)  # of its last run
+            return replace(seen, life="gone", billing="none", ended_at=ended)
         return seen
 
 

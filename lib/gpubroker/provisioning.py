@@ -743,19 +743,18 @@ async def _make_stray(tx: store.Transaction, pod: PodRow, work: Work) -> None:
 
 
 async def _keep_log(attempt: AttemptRow, adapter: base.Provider, instance: InstanceRow) -> None:
-    """Keep the last of the log before the provider forgets it; what cannot be had now is not waited for."""
+    """Keep the last of the log before the provider forgets it. Whatever fails here, the end is not put off."""
     if "logs" not in attempt.candidate.supports:
         return
     try:
         call = adapter.logs(instance.provider_instance_id, after=None, since=None, limit=_LOG_BYTES)
         page = await asyncio.wait_for(call, _LOG_SECONDS)
-    except (errors.ProviderError, TimeoutError, OSError) as error:
-        log.info("%s: its log was not kept: %s", attempt.pod_id, type(error).__name__)
-        return
-    tail = page.data[-_LOG_BYTES:]
-    async with store.worker() as tx:
-        starts_at = page.starts_at + len(page.data) - len(tail)
-        await pod_rows.keep_log(tx.conn, attempt.pod_id, attempt.org_id, starts_at, tail)
+        tail = page.data[-_LOG_BYTES:]
+        async with store.worker() as tx:
+            starts_at = page.starts_at + len(page.data) - len(tail)
+            await pod_rows.keep_log(tx.conn, attempt.pod_id, attempt.org_id, starts_at, tail)
+    except Exception as error:  # noqa: BLE001 - a log is worth no second of an instance that shall end
+        log.warning("%s: its log was not kept: %s", attempt.pod_id, type(error).__name__)
 
 
 async def _refuse_start(work: Work, rejection: errors.Rejected) -> None:

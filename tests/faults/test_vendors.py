@@ -640,6 +640,14 @@ async def test_a_throttled_provider_is_left_alone_for_as_long_as_it_says(world: 
     assert (await show(world, pod_id))["state"] == "stopped"
 
 
+async def test_a_log_that_cannot_be_kept_puts_no_end_off(world: World) -> None:
+    pod_id = await at_vendor(world)
+    world.provider.fail["logs"] = [KeyError("text")] * 9
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await world.drive_due()
+    assert world.provider.alive() == []
+
+
 async def test_a_credential_that_is_refused_is_tried_again_and_nothing_is_forgotten(world: World) -> None:
     pod_id = await at_vendor(world)
     world.provider.fail = {name: [CredentialRefused("http_401")] * 3 for name in ("terminate", "get", "list_managed")}
