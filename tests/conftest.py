@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from tests.factories import SECRET_KEY, World
 
 from gpubroker import accounts, adapters, config, outbox, rates, signing, store
 from gpubroker.local.servers import Postgres, Valkey
 from gpubroker.store import migrations
-from tests.factories import SECRET_KEY, World
 
 IMAGES = {"postgres": "postgres:17-alpine", "valkey": "valkey/valkey:8-alpine"}
 

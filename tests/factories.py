@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 import psycopg
 from psycopg.rows import dict_row
+from tests.simulator import Final, Simulated
 
-from gpubroker import accounts, bundle, metering, offers, reconciling, serving, store, sweep
+from gpubroker import accounts, bundle, catalog, metering, reconciling, serving, store, sweep
 from gpubroker.config import settings
 from gpubroker.providers.registry import Adapters
 from gpubroker.provisioning import Driver
 from gpubroker.store import instances
-from tests.simulator import Final, Simulated
 
 SECRET_KEY = "a secret key of the tests, 32 or more"
 _APPS: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class World:
         self.provider = provider
         provider.shift = await self.shift()
         self.adapters._made = {provider.name: provider}
-        await offers.refresh_offers(provider, 60)
+        await catalog.refresh_offers(provider, 60)
         return provider
 
     async def use_final(self) -> Simulated:

@@ -230,7 +230,7 @@ async def describe_caller(tx: store.Transaction) -> Whoami:
         agent=agent,
         organisation=organisation,
         scopes=sorted(caller.scopes),
-        delegation=caller.actors or [caller.agent_id],
+        delegation=list(caller.actors or (caller.agent_id,)),
         budgets=[await budgets.show_budget(tx, caller.agent_id)],
         limits=agent.limits,
     )

@@ -3,15 +3,13 @@
 A function is a folder `functions/<name>/main.py` with a functions-framework `aio.http` function of the same name.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from gpubroker.errors import SetupError
 
 
-@dataclass(frozen=True, slots=True)
-class Function:
+class Function(NamedTuple):
     """One function. `paths` are prefixes of its public paths, unique over the bundle.
 
     `concurrency` is requests at once per instance, `timeout_seconds` the longest that one may take.

@@ -42,16 +42,14 @@ GpubrokerError
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 
 class GpubrokerError(Exception):
     """The root of all errors of this library."""
 
 
-@dataclass(frozen=True, slots=True)
-class Next:
+class Next(NamedTuple):
     """A call that helps, as problem documents carry it in `next`."""
 
     method: str

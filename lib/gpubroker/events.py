@@ -5,8 +5,7 @@ is checked against it. An event only wakes: consumers read all but ids from Post
 value of `env`, or a log.
 """
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +20,7 @@ TICK: Final = "dev.knative.sources.ping"
 class Data(BaseModel):
     """The data of an event."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class PodData(Data):
@@ -78,8 +77,7 @@ class ProviderData(Data):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class EventType:
+class EventType(NamedTuple):
     """One type of event. `consumers` are functions of the bundle; each gets a delivery row of its own."""
 
     what: str

@@ -5,8 +5,7 @@ that can happen costs more than was held (DESIGN 8).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import psycopg
 
@@ -54,8 +53,7 @@ def limiting_agent(error: psycopg.Error) -> str | None:
     return error.diag.message_primary if error.sqlstate == "GB001" else None
 
 
-@dataclass(frozen=True, slots=True)
-class ReachedLimit:
+class ReachedLimit(NamedTuple):
     """The limit that a create would go beyond, and whose it is."""
 
     agent_id: str

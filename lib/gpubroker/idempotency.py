@@ -1,18 +1,18 @@
 """Idempotency keys: the same key and body make one thing, whoever retries and whenever.
 
+from typing import NamedTuple
 Kept are the key, a keyed MAC of the body and the id of what was made, in the transaction that makes it; never bodies,
 which hold secrets. The same key and body answer with the resource as it is now.
 """
 
 import json
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpubroker import errors, sealing, store
 from gpubroker.store import idempotency as rows
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a call says of itself: its key, if it has one, its route and its body."""
 
     key: str | None

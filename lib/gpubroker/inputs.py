@@ -14,13 +14,13 @@ LARGEST_BODY: Final = 1024 * 1024
 class Input(BaseModel):
     """A request body: exact types, no unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 class Query(BaseModel):
     """Query parameters: no unknown ones; a list field may be repeated, others not."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Nothing(Input):

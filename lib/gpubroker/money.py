@@ -3,7 +3,8 @@
 Prices are micro-USD per hour for the whole offer. Amounts are never floats.
 """
 
-from decimal import Decimal, InvalidOperation
+import re
+from decimal import Context, Decimal
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
@@ -11,40 +12,32 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 MICRO: Final = 1_000_000
 LARGEST: Final = 10**15  # a billion dollars in micro-USD; its products with seconds fit PostgreSQL's bigint
 HOUR: Final = 3600
+_TEXT: Final = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,6})?", re.ASCII)
+_EXACT: Final = Context(prec=200)  # the usual 28 digits would round a wrong amount into a right one
 
 
 def parse_usd(value: object) -> int:
     """Read `"2.39"`, `2.39` (as Decimal) or `2` as micro-USD.
 
-    Raises ValueError for more than six decimals, a negative or non-finite number, or more than a billion.
+    Raises ValueError for more than six decimals, a negative or non-finite number, or a billion and more.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
         msg = 'a decimal string or number is needed, such as "2.50"'
         raise ValueError(msg)  # noqa: TRY004 - pydantic turns a ValueError into a 422, a TypeError into a crash
-    if isinstance(value, str) and not _plain(value):
-        msg = 'is not a decimal number such as "2.50"'
+    if isinstance(value, str) and not _TEXT.fullmatch(value):
+        msg = 'is not a decimal number such as "2.50", with six decimals at the most'
         raise ValueError(msg)
-    try:
-        micro = Decimal(value) * MICRO
-    except InvalidOperation:
-        msg = 'is not a decimal number such as "2.50"'
-        raise ValueError(msg) from None
+    micro = _EXACT.multiply(Decimal(value), MICRO)
     if not micro.is_finite() or micro < 0:
         msg = "must be zero or more"
         raise ValueError(msg)
-    if micro > LARGEST:
-        msg = "must be at most 1000000000"
+    if micro >= LARGEST:
+        msg = "must be less than 1000000000"
         raise ValueError(msg)
     if micro != micro.to_integral_value():
         msg = "has more than six decimals; a micro-USD is the smallest amount"
         raise ValueError(msg)
     return int(micro)
-
-
-def _plain(text: str) -> bool:
-    whole, point, fraction = text.partition(".")
-    digits = whole.removeprefix("-")
-    return digits.isascii() and digits.isdigit() and (not point or (fraction.isascii() and fraction.isdigit()))
 
 
 def format_usd(micro: int) -> str:
@@ -72,8 +65,8 @@ def cost(price_micro_h: int, seconds: int) -> int:
 _SCHEMA: Final = {"type": "string", "pattern": r"^-?[0-9]+\.[0-9]{6}$", "examples": ["2.390000"]}
 _IN_SCHEMA: Final = {
     "anyOf": [
-        {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,6})?$"},
-        {"type": "number", "minimum": 0, "maximum": 999_999_999, "multipleOf": 0.000001},
+        {"type": "string", "pattern": r"^0{0,31}[0-9]{1,9}(\.[0-9]{1,6})?$"},
+        {"type": "number", "minimum": 0, "exclusiveMaximum": 1_000_000_000, "multipleOf": 0.000001},
     ],
     "examples": ["2.50"],
 }

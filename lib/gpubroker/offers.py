@@ -1,30 +1,21 @@
 """What can be rented: filters, search, and the refresh of a provider's offers."""
 
-import asyncio
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from gpubroker import errors, gpus, inputs, outbox, paging, store
-from gpubroker.events import OffersData, ProviderData
-from gpubroker.money import LARGEST, InUsd, format_usd
-from gpubroker.providers import registry
-from gpubroker.providers.base import Provider, ProviderOffer
+from gpubroker import errors, gpus, inputs, paging, store
+from gpubroker.money import InUsd, format_usd
 from gpubroker.resources import Gpu, Near, NoMatch, Offer, OfferPage, Page, ProviderView, Support
-from gpubroker.store import catalog as refreshes
 from gpubroker.store import offers as rows
 
 log = logging.getLogger("gpubroker.offers")
 
 _LIST_SECONDS: Final = 60
-_MOST_SECONDS: Final = 10**9
-_MOST_GB: Final = 10**7
-_MOST_UNITS: Final = 4096
 _NEAREST: Final = 3
 
 
@@ -87,7 +78,7 @@ class Filters(BaseModel):
 class Requirements(Filters):
     """The offers that a pod may use."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 Sort = Literal[
@@ -191,93 +182,8 @@ async def list_gpus(tx: store.Transaction, after: str | None, limit: int) -> Pag
 
 async def list_providers(tx: store.Transaction) -> Page[ProviderView]:
     """Every provider there is: whether it is configured, how it does, and what it can do."""
+    from gpubroker.providers import registry  # noqa: PLC0415 - few ask for this
+
     seen = {view.name: view for view in await rows.list_providers(tx.conn)}
     names = sorted({*registry.names(), *seen})
     return Page[ProviderView](items=[seen.get(name) or ProviderView.unconfigured(name) for name in names])
-
-
-# Refreshing
-
-
-async def refresh_offers(provider: Provider, tick_seconds: int) -> refreshes.Changes | None:
-    """Make the provider's offers in the database what it says now; None when a refresh is not due yet.
-
-    A provider that fails, or answers in part, loses no offer: they grow stale and say so.
-    """
-    capabilities = provider.capabilities
-    every = max(capabilities.refresh_seconds, tick_seconds)
-    identity = await asyncio.wait_for(provider.account(), capabilities.call_limit_seconds)
-    async with store.worker() as tx:
-        account_id = await refreshes.ensure_account(tx.conn, provider.name, identity, describe(provider), every * 3)
-        begun = await refreshes.begin_refresh(tx.conn, account_id, max(1, capabilities.refresh_seconds - 1))
-    if begun is None:
-        return None
-    refresh_id, began_at = begun
-    try:
-        listed = await asyncio.wait_for(provider.list_offers(), _LIST_SECONDS)
-    except (errors.ProviderError, TimeoutError, OSError) as error:
-        await _give_up(provider.name, account_id, refresh_id, f"{type(error).__name__}: {error}")
-        raise
-    offers = _read_offers(listed)
-    async with store.worker() as tx:
-        changes = await refreshes.merge_offers(tx.conn, account_id, provider.name, offers)
-        await refreshes.end_refresh(
-            tx.conn,
-            refresh_id,
-            complete=True,
-            seen=len(listed),
-            changed=changes.changed,
-            quarantined=len(listed) - len(offers),
-        )
-        await refreshes.trust_account(tx.conn, account_id, began_at)
-        if changes.changed or changes.gone:
-            data = OffersData(provider=provider.name, seen=len(listed), changed=changes.changed, gone=changes.gone)
-            await outbox.write(tx, "offers.refreshed", account_id, data, tenant=None, agent_id=None)
-    return changes
-
-
-async def _give_up(name: str, account_id: str, refresh_id: int, reason: str) -> None:
-    async with store.worker() as tx:
-        await refreshes.end_refresh(tx.conn, refresh_id, complete=False, error=reason[:500])
-        if await refreshes.doubt_account(tx.conn, account_id, reason):
-            data = ProviderData(provider=name, account_id=account_id, reason="its offers could not be refreshed")
-            await outbox.write(tx, "provider.unhealthy", account_id, data, tenant=None, agent_id=None)
-
-
-def describe(provider: Provider) -> dict[str, object]:
-    """A provider's capabilities, as its account's row carries them."""
-    described: dict[str, object] = asdict(provider.capabilities)
-    described["supports"] = sorted(provider.capabilities.supports)
-    return described
-
-
-def _read_offers(listed: Sequence[ProviderOffer]) -> list[refreshes.NewOffer]:
-    """What a provider lists, without what cannot be; of an offer that is listed twice the cheaper."""
-    cheapest: dict[tuple[str, str, bool], ProviderOffer] = {}
-    for offer in filter(_is_possible, listed):
-        first = cheapest.setdefault((offer.provider_offer_id, offer.region, offer.spot), offer)
-        if offer.price_micro_h < first.price_micro_h:
-            cheapest[offer.provider_offer_id, offer.region, offer.spot] = offer
-    return [_read_offer(offer) for offer in cheapest.values()]
-
-
-def _is_possible(offer: ProviderOffer) -> bool:
-    return (
-        0 < offer.price_micro_h <= LARGEST // 10_000
-        and 0 <= offer.disk_micro_gb_h <= LARGEST // _MOST_GB
-        and 0 <= (offer.stopped_micro_h or 0) <= LARGEST // 10_000
-        and 0 <= offer.gpu_count <= _MOST_UNITS
-        and 0 <= offer.vcpus < _MOST_UNITS
-        and all(0 <= size <= _MOST_GB for size in (offer.ram_gb, offer.disk_gb, offer.disk_base_gb, offer.vram_gb or 0))
-        and 0 <= offer.min_billing_s <= _MOST_SECONDS
-        and 0 < offer.increment_s <= _MOST_SECONDS
-    )
-
-
-def _read_offer(offer: ProviderOffer) -> refreshes.NewOffer:
-    model = gpus.recognise(offer.gpu, offer.vram_gb) if offer.gpu else None
-    values: dict[str, Any] = {name: getattr(offer, name, None) for name in refreshes.NewOffer.__slots__}
-    values |= {"supports": sorted(offer.supports), "quarantined": None}
-    if model is not None:
-        values |= {"gpu": model.name, "vram_gb": model.vram_gb}
-    return refreshes.NewOffer(**values)

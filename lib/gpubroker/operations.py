@@ -1,8 +1,8 @@
 """What an API is made of: one method of one path, with what it takes, needs and answers."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -10,8 +10,7 @@ from gpubroker.errors import Problem
 from gpubroker.inputs import Input, NoQuery, Nothing, Query
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """One method of one path: what it takes, needs and answers."""
 
     method: str
@@ -22,7 +21,7 @@ class Operation:
     open: bool = False
     body: type[Input] = Nothing
     query: type[Query] = NoQuery
-    answers: Mapping[int, Any] = field(default_factory=dict[int, Any])
+    answers: Mapping[int, Any] = MappingProxyType({})
     idempotent: bool = False
     form: type[BaseModel] | None = None
     """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""

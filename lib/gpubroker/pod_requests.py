@@ -6,8 +6,7 @@ them true.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 import psycopg
 from pydantic import AfterValidator, Field, model_validator
@@ -122,8 +121,7 @@ class PodRequest(Input):
         return max(self.disk_gb or 0, wanted or 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """How a request would be met: the offers in the order in which they are tried, and what must be held for it."""
 
     candidates: list[Candidate]
@@ -301,7 +299,7 @@ def _make_pod(caller: store.Caller, request: PodRequest, plan: Plan, key: idempo
         name=request.name,
         life_seconds=plan.life_seconds,
         spec=request.model_dump(include=kept, mode="json") | {"disk_gb": request.least_disk_gb},
-        candidates=[asdict(candidate) for candidate in plan.candidates],
+        candidates=[candidate._asdict() for candidate in plan.candidates],
         env_sealed=seal_secrets(pod_id, secrets) if secrets else None,
         seal_key=sealing.fingerprint() if secrets else None,
         price_micro_h=holds.dearest(plan.candidates).price_micro_h,

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 from typing import Any, Final, TypeVar
@@ -324,7 +324,7 @@ class Driver:
                 pod=pod,
                 n=len(work.attempts) + 1,
                 candidate=candidate,
-                offer=asdict(candidate),
+                offer=candidate._asdict(),
                 ref="",
                 send_seconds=SEND_SECONDS,
                 call_seconds=int(candidate.capabilities["create_limit_seconds"]),

@@ -3,8 +3,7 @@
 A quote is firm in price, not in capacity: whether the provider has room is known when the pod is made.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -35,8 +34,7 @@ class QuoteRequest(Input):
         return self
 
 
-@dataclass(frozen=True, slots=True)
-class Quoted:
+class Quoted(NamedTuple):
     """A quote that may make its pod now: the offer at the price that was quoted, and the lifetime that it was for."""
 
     candidate: Candidate
@@ -51,7 +49,7 @@ async def make_quote(tx: store.Transaction, request: QuoteRequest, key: idempote
     candidate = await _choose(tx, request)
     quote_id = new_id("qte")
     new = rows.NewQuote(
-        quote_id, tx.known.org_id, tx.known.agent_id, candidate.offer_id, asdict(candidate), candidate.price_micro_h,
+        quote_id, tx.known.org_id, tx.known.agent_id, candidate.offer_id, candidate._asdict(), candidate.price_micro_h,
         request.duration_seconds, FIRM_SECONDS,
     )  # fmt: skip
     await rows.add_quote(tx.conn, new)

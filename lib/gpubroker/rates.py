@@ -10,7 +10,7 @@ import importlib
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gpubroker import config, errors
 
@@ -36,8 +36,7 @@ class _Window:
     is_spent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """How an organisation stands to its limit."""
 
     limit: int

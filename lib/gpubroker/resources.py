@@ -30,7 +30,7 @@ Support = Literal["command", "image", "ports", "exec", "logs", "stop", "ssh"]
 class Output(BaseModel):
     """A resource in an answer."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class Page(Output, Generic[T]):

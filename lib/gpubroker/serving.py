@@ -12,6 +12,7 @@ from gpubroker import bundle, config, errors
 if TYPE_CHECKING:
     import uvicorn
 
+ANYWHERE = "0.0.0.0"  # noqa: S104 - a container's port
 _GRACE_SECONDS = 15
 
 

@@ -13,8 +13,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from gpubroker import config, errors, outbox, provisioning, sightings, store
+from gpubroker.catalog import describe
 from gpubroker.events import ProviderData
-from gpubroker.offers import describe
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
 from gpubroker.store import catalog as refreshes

@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -44,8 +43,7 @@ class ExecRequest(Input):
     stdin: str | None = Field(default=None, max_length=inputs.LARGEST_BODY)
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """The instance of a pod that the caller may read or run commands in."""
 
     pod_id: str

@@ -6,9 +6,8 @@ row: revoking a key, a token or an agent ends all that came from it at once.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from gpubroker import config, errors, keys, signing, store
 from gpubroker.errors import OAuthError
@@ -28,16 +27,14 @@ DEEPEST: Final = 4
 _LONGEST_AUDIENCE: Final = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Client:
+class Client(NamedTuple):
     """How the client of a token request says who it is: HTTP Basic, or `client_id` and `client_secret` in the form."""
 
     agent_id: str
     secret: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """What is asked of a new token, checked as far as that goes without its origin."""
 
     scopes: list[str] | None
@@ -97,7 +94,7 @@ async def _exchange(form: Mapping[str, str]) -> dict[str, object]:
     async with store.anonymous() as tx:
         acting = None if actor is None else await _authenticate(tx, actor, "invalid_grant")
         caller = await _authenticate(tx, subject, "invalid_grant")  # last: it decides which organisation this is about
-        chain = caller.actors or [caller.agent_id]
+        chain = list(caller.actors or (caller.agent_id,))
         if acting is None or acting.agent_id == chain[-1]:
             return await _issue(tx, caller, chain[-1], chain, wanted) | {"issued_token_type": ACCESS_TOKEN}
         if not await rows.may_act(tx.conn, caller.agent_id, acting.agent_id):

@@ -11,9 +11,9 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Final, Generic, TypeVar, cast
+from types import MappingProxyType
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
 
 from pydantic import BaseModel, ValidationError
@@ -42,13 +42,12 @@ B = TypeVar("B", bound=Input)
 Q = TypeVar("Q", bound=Query)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a handler answers with."""
 
     body: BaseModel | Mapping[str, object] | None = None
     status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 Handled = Answer | Response

@@ -14,7 +14,7 @@ from tests.factories import World
 from tests.faults.fuse import Fuse, Killed, check_all_ended, check_bill, check_instances, drive, heal, rent_from
 from tests.simulator import OFFERS, Broken, Final, Simulated
 
-from gpubroker import metering, offers, reconciling
+from gpubroker import catalog, metering, reconciling
 from gpubroker.errors import Rejected
 from gpubroker.providers import base
 from gpubroker.provisioning import Driver
@@ -157,7 +157,7 @@ async def test_09_nothing_is_lost_track_of_and_the_price_is_that_of_the_request(
     pod_id = await start_pod(world)
     world.provider.offers = [replace(offer, price_micro_h=2 * PRICE) for offer in world.provider.offers]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")
-    await offers.refresh_offers(world.provider, 60)
+    await catalog.refresh_offers(world.provider, 60)
     await heal(world, ticks=5, seconds=600)
     check_instances(world, {pod_id})
     await world.root.delete(f"/v1/pods/{pod_id}")
@@ -211,14 +211,14 @@ async def test_13_a_price_of_zero_is_no_offer_and_an_old_one_says_that_it_is_old
         replace(OFFERS[0], provider_offer_id=f"odd-{p}", price_micro_h=p) for p in (0, -5, 10**13, 7)
     ]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")
-    await offers.refresh_offers(world.provider, 60)
+    await catalog.refresh_offers(world.provider, 60)
     found = (await world.root.get("/v1/offers?gpu=h100"))["items"]
     assert [offer["price_usd_per_hour"] for offer in found] == ["0.000007"]
     assert not found[0]["stale"]
     world.provider.fail["list_offers"] = [Broken("http_500")]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")
     with pytest.raises(Broken):
-        await offers.refresh_offers(world.provider, 60)
+        await catalog.refresh_offers(world.provider, 60)
     world.query("UPDATE provider_account SET refreshed_at = refreshed_at - interval '1 hour'")
     (old,) = (await world.root.get("/v1/offers?gpu=h100"))["items"]
     assert old["stale"]
@@ -228,7 +228,7 @@ async def test_14_an_offer_that_cannot_be_had_makes_way_for_one_that_can(world: 
     await rent_from(world, Simulated())
     world.provider.offers = [replace(OFFERS[0], availability="none"), *world.provider.offers[1:]]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")
-    await offers.refresh_offers(world.provider, 60)
+    await catalog.refresh_offers(world.provider, 60)
     world.provider.fail["create"] = ["no_capacity", "no_capacity"]
     pod_id = await start_pod(world)
     pod = await show(world, pod_id)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Final, LiteralString
+from typing import Final, LiteralString, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection
@@ -37,8 +37,7 @@ class Credential:
     jti: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls, with the rights of this moment. `path` is root first, the agent itself last."""
 
     key_id: str | None
@@ -48,11 +47,10 @@ class Caller:
     scopes: list[str]
     plan: str
     jti: str | None = None
-    actors: list[str] = field(default_factory=list[str])
+    actors: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """An event as it stands in its row; `type` is the CloudEvents type, `data` ids and states only."""
 
     id: str

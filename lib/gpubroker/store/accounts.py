@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg.rows import class_row
@@ -32,8 +31,7 @@ _COUNT_ORGS: Final = "SELECT count(*) FROM org"
 _ADD_ROOT: Final = "INSERT INTO agent (id, org_id, path, name, scopes) VALUES (%s, %s, %s, 'root', %s)"
 
 
-@dataclass(frozen=True, slots=True)
-class Root:
+class Root(NamedTuple):
     """An organisation and its root agent."""
 
     org_id: str
@@ -63,8 +61,7 @@ def is_first_org(conn: psycopg.Connection[Any]) -> bool:
     return row is not None and row[0] == 0
 
 
-@dataclass(frozen=True, slots=True)
-class NewAgent:
+class NewAgent(NamedTuple):
     """An agent to be written."""
 
     id: str
@@ -126,8 +123,7 @@ async def list_agents(conn: Connection, above: str, after: str | None, limit: in
     return await cursor.fetchall()
 
 
-@dataclass(frozen=True, slots=True)
-class AgentRights:
+class AgentRights(NamedTuple):
     """What an agent was given, without what its path leaves of it."""
 
     scopes: list[str]
@@ -166,7 +162,7 @@ async def change_agent(
     grants: Sequence[str] | None,
 ) -> None:
     """Write an agent's rights, and of the rest what is given."""
-    parameters: dict[str, object] = {name: getattr(rights, name) for name in AgentRights.__slots__}
+    parameters: dict[str, object] = {name: getattr(rights, name) for name in AgentRights._fields}
     parameters |= {
         "id": agent_id,
         "name": name,
@@ -239,8 +235,7 @@ INSERT INTO key (id, org_id, agent_id, name, start, hash, scopes, expires_at)
 VALUES (%(id)s, %(org_id)s, %(agent_id)s, %(name)s, %(start)s, %(hash)s, %(scopes)s, %(expires_at)s)"""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRow:
+class KeyRow(NamedTuple):
     """A key to be written: its hash, never itself."""
 
     id: str
@@ -254,7 +249,7 @@ class KeyRow:
 
     def parameters(self) -> dict[str, object]:
         """The row by column."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self._fields}
 
 
 async def add_key(conn: Connection, key: KeyRow) -> None:

@@ -1,9 +1,8 @@
 """Rows of `provider_account`, `refresh`, `offer` and `offer_price` as refreshes write them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
@@ -30,8 +29,7 @@ async def ensure_account(
     return str(row[0]) if row else ""
 
 
-@dataclass(frozen=True, slots=True)
-class NewOffer:
+class NewOffer(NamedTuple):
     """An offer to be written, in the columns' units."""
 
     provider_offer_id: str
@@ -56,8 +54,7 @@ class NewOffer:
     quarantined: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """What a refresh changed."""
 
     changed: int
@@ -118,7 +115,7 @@ SELECT (SELECT count(*) FROM written)::int AS changed, (SELECT count(*) FROM gon
 
 async def merge_offers(conn: Connection, account_id: str, provider: str, offers: Sequence[NewOffer]) -> Changes:
     """Make the account's offers these: only what differs is written, what is missing is gone. One statement."""
-    values = [{name: getattr(offer, name) for name in NewOffer.__slots__} for offer in offers]
+    values = [{name: getattr(offer, name) for name in NewOffer._fields} for offer in offers]
     cursor = conn.cursor(row_factory=class_row(Changes))
     await cursor.execute(_MERGE, {"offers": Jsonb(values), "account": account_id, "provider": provider})
     changes = await cursor.fetchone()

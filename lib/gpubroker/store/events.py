@@ -18,7 +18,7 @@ INSERT INTO delivery (event_id, consumer, tenant) SELECT %s, unnest(%s::text[]),
 
 async def add_event(tx: Transaction, event: Event, consumers: Sequence[str]) -> None:
     """Write an event with a delivery row for each consumer; it is published once the transaction is committed."""
-    row = {name: getattr(event, name) for name in Event.__slots__} | {"data": Jsonb(event.data)}
+    row = {name: getattr(event, name) for name in Event._fields} | {"data": Jsonb(event.data)}
     await tx.conn.execute(_ADD, row)
     if consumers:
         await tx.conn.execute(_ADD_DELIVERIES, (event.id, list(consumers), event.tenant))

@@ -1,7 +1,6 @@
 """Rows of `idempotency`: which request of an agent made which resource."""
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from psycopg.rows import class_row
 
@@ -13,8 +12,7 @@ _KEEP: Final = """
 INSERT INTO idempotency (agent_id, key, org_id, route, body_mac, resource_id) VALUES (%s, %s, %s, %s, %s, %s)"""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """What an earlier request with the same key was and made."""
 
     route: str

@@ -1,9 +1,8 @@
 """Rows of `budget`, `hold`, `phase`, `usage_interval` and `ledger`; the rules stand in the migrations' functions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Final, LiteralString
+from typing import Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row
 
@@ -17,8 +16,7 @@ SELECT b.agent_id, a.parent_id, b.limit_micro, cardinality(a.path) AS depth,
  WHERE b.agent_id = ANY (%s) ORDER BY depth DESC"""
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """What a budget has committed in its present period, in micro-USD. `limit_micro` None: no limit of its own."""
 
     agent_id: str
@@ -120,8 +118,7 @@ SELECT u.id, u.pod_id, d.agent_id, i.provider_instance_id AS instance, t.provide
  ORDER BY u.id LIMIT %(limit)s"""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A question about usage: whose, from when, to when, and of what alone."""
 
     above: str
@@ -255,8 +252,7 @@ async def is_closed(conn: Connection, month: date) -> bool:
     return row is not None and bool(row[0])
 
 
-@dataclass(frozen=True, slots=True)
-class UsedLimits:
+class UsedLimits(NamedTuple):
     """The limits of an agent, and what its subtree uses of them now."""
 
     agent_id: str
@@ -284,8 +280,7 @@ async def enter_root(conn: Connection, agent_id: str) -> bool:
     return row is not None and bool(row[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Billed:
+class Billed(NamedTuple):
     """How far a pod's instance is billed, and what its agent has paid for the pod so far, micro-USD."""
 
     pod_id: str

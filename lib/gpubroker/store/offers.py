@@ -1,8 +1,7 @@
 """Rows of `provider_account`, `refresh`, `offer` and `offer_price`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row
 
@@ -66,8 +65,7 @@ _SORTS_WITH_DISK: Final[Mapping[str, LiteralString]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(NamedTuple):
     """A search. `filters` are values by the names of FILTERS; `after` is (sort value, id) of the last offer seen."""
 
     filters: Mapping[str, Any]
@@ -141,16 +139,14 @@ async def _fetch(conn: Connection, sql: LiteralString, question: Question) -> li
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class NearOffer:
+class NearOffer(NamedTuple):
     """An offer that almost matched, and the filters that leave it out."""
 
     offer_id: str
     failed: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(NamedTuple):
     """Why a search found nothing."""
 
     considered: int
@@ -218,8 +214,7 @@ async def find_offer(conn: Connection, offer_id: str) -> Offer | None:
     return await cursor.fetchone()
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """An offer as a pod may use it: the price for the disk asked for, and what its provider needs and costs."""
 
     offer_id: str

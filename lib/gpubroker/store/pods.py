@@ -1,9 +1,8 @@
 """Rows of `pod`, `pod_label` and `pod_log`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psycopg
 from psycopg.rows import class_row
@@ -17,8 +16,7 @@ HARD_STOP_SECONDS: Final = 15 * 60
 """So long after its end a pod is ended by whoever still lives, the provider's side included."""
 
 
-@dataclass(frozen=True, slots=True)
-class NewPod:
+class NewPod(NamedTuple):
     """A pod to be written. `life_seconds` counts from the transaction's own instant."""
 
     id: str
@@ -123,8 +121,7 @@ def is_name_taken(error: psycopg.Error) -> bool:
     return isinstance(error, psycopg.errors.UniqueViolation) and error.diag.constraint_name == "pod_name"
 
 
-@dataclass(frozen=True, slots=True)
-class PodView:
+class PodView(NamedTuple):
     """A pod with all that its public form is made of."""
 
     id: str
@@ -235,8 +232,7 @@ async def list_of_provider(conn: Connection, provider: str) -> list[str]:
     return [str(row[0]) for row in await (await conn.execute(_OF_PROVIDER, (provider,))).fetchall()]
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(NamedTuple):
     """Which pods of a subtree: all conditions hold. `live` leaves out those whose end is wanted."""
 
     above: str

@@ -1,8 +1,7 @@
 """Rows of `quote`."""
 
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
@@ -10,8 +9,7 @@ from psycopg.types.json import Jsonb
 from gpubroker.store import Connection
 
 
-@dataclass(frozen=True, slots=True)
-class NewQuote:
+class NewQuote(NamedTuple):
     """A quote to be written; it is firm for so many seconds."""
 
     id: str
@@ -24,8 +22,7 @@ class NewQuote:
     firm_seconds: int
 
 
-@dataclass(frozen=True, slots=True)
-class QuoteRow:
+class QuoteRow(NamedTuple):
     """A quote: the offer as it was, the price that it is firm in, and the pod that it made."""
 
     id: str
@@ -46,9 +43,7 @@ VALUES (%(id)s, %(org_id)s, %(agent_id)s, %(offer_id)s, %(offer)s, %(price_micro
 
 async def add_quote(conn: Connection, quote: NewQuote) -> None:
     """Write a quote."""
-    await conn.execute(
-        _ADD, {name: getattr(quote, name) for name in NewQuote.__slots__} | {"offer": Jsonb(quote.offer)}
-    )
+    await conn.execute(_ADD, {name: getattr(quote, name) for name in NewQuote._fields} | {"offer": Jsonb(quote.offer)})
 
 
 _FIND: Final = """

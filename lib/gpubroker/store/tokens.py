@@ -1,8 +1,7 @@
 """Rows of `signing_key` and `token`."""
 
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
@@ -10,8 +9,7 @@ from psycopg.types.json import Jsonb
 from gpubroker.store import Connection
 
 
-@dataclass(frozen=True, slots=True)
-class SigningKey:
+class SigningKey(NamedTuple):
     """A key that signs until `signs_until` and is shown in the JWKS until `shown_until`."""
 
     kid: str
@@ -49,8 +47,7 @@ async def add_signing_key(conn: Connection, key: SigningKey) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
+class TokenRow(NamedTuple):
     """A token as it is remembered: everything of its rights, nothing of its signature."""
 
     jti: str
@@ -73,7 +70,7 @@ VALUES (%(jti)s, %(org_id)s, %(agent_id)s, %(actor_id)s, %(actors)s, %(key_id)s,
 
 async def add_token(conn: Connection, token: TokenRow) -> None:
     """Remember a token before it is given away."""
-    await conn.execute(_ADD, {name: getattr(token, name) for name in TokenRow.__slots__})
+    await conn.execute(_ADD, {name: getattr(token, name) for name in TokenRow._fields})
 
 
 _EXPIRY: Final = """
