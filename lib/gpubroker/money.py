@@ -65,7 +65,7 @@ def cost(price_micro_h: int, seconds: int) -> int:
 _SCHEMA: Final = {"type": "string", "pattern": r"^-?[0-9]+\.[0-9]{6}$", "examples": ["2.390000"]}
 _IN_SCHEMA: Final = {
     "anyOf": [
-        {"type": "string", "pattern": r"^0{0,31}[0-9]{1,9}(\.[0-9]{1,6})?$"},
+        {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,6})?$"},
         {"type": "number", "minimum": 0, "exclusiveMaximum": 1_000_000_000, "multipleOf": 0.000001},
     ],
     "examples": ["2.50"],
