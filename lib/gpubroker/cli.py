@@ -2,12 +2,22 @@
 
 import re
 import sys
-from typing import Final
+from typing import Final, Protocol, cast
 
 from gpubroker.errors import SetupError
 
 _INTERRUPTED: Final = 130
 _SERVE: Final = re.compile(r"serve [a-z]+( --port [0-9]{1,5}| --host [0-9A-Za-z.:]+)*")
+
+
+class _Failure(Protocol):
+    """A wrong command line: 2 is its exit code, others are 1."""
+
+    exit_code: int
+
+    def show(self) -> None:
+        """Print what is wrong to stderr."""
+        ...
 
 
 def main() -> None:
@@ -37,19 +47,18 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"] and _SERVE.fullmatch(" ".join(arguments)):
         return _serve(arguments)
     import typer  # noqa: PLC0415 - everything is imported inside main, so that Ctrl-C ends without a traceback
-    from click import ClickException, UsageError  # noqa: PLC0415 - as above
-    from click.exceptions import Exit  # noqa: PLC0415 - as above
 
     from gpubroker.commands import app  # noqa: PLC0415 - as above
 
+    failures = typer.BadParameter.__mro__[2]  # ClickException: Click's, or that of the Click within later Typers
     try:
         returned: object = typer.main.get_command(app).main(arguments, prog_name="gpubroker", standalone_mode=False)
-    except UsageError as error:
-        error.show()
-        return 2
-    except ClickException as error:
-        error.show()
-        return error.exit_code
-    except Exit as leaving:
+    except typer.Exit as leaving:
         return leaving.exit_code
+    except Exception as error:
+        if not isinstance(error, failures):
+            raise
+        failure = cast("_Failure", error)
+        failure.show()
+        return failure.exit_code
     return returned if isinstance(returned, int) else 0
