@@ -28,6 +28,7 @@ from gpubroker.resources import (
     Whoami,
 )
 from gpubroker.store import accounts as rows
+from gpubroker.store import migrations
 from gpubroker.times import now
 
 _DEEPEST: Final = 32
@@ -57,8 +58,11 @@ def install(database_url: str) -> str:
     The owner is in the reference of every instance that is ever made: the sweep touches no other.
     """
     owner = "".join(secrets.choice(_OWNER_ALPHABET) for _ in range(_OWNER_LENGTH))
-    with _connect(database_url) as conn:
-        return rows.install(conn, owner)
+    with migrations.connect(database_url) as conn:
+        try:
+            return rows.install(conn, owner)
+        except psycopg.errors.UndefinedTable:
+            raise errors.SetupError("the database has no schema yet; run 'gpubroker migrate'") from None
 
 
 def bootstrap(
@@ -69,7 +73,7 @@ def bootstrap(
     The first organisation's key has `admin`. With `new_key`, an organisation that is there gets a further key.
     """
     owner = install(database_url)
-    with _connect(database_url) as conn, conn.transaction():
+    with migrations.connect(database_url) as conn, conn.transaction():
         first = rows.is_first_org(conn)
         root = rows.find_root(conn, org_name)
         created = root is None
@@ -83,14 +87,6 @@ def bootstrap(
             rows.add_first_key(conn, row)
             key = NewKey(id=row.id, key=text)
     return Bootstrap(created, owner, root.org_id, org_name, root.agent_id, key, root.scopes)
-
-
-def _connect(database_url: str) -> "psycopg.Connection[tuple[object, ...]]":
-    try:
-        return psycopg.connect(database_url, connect_timeout=10)
-    except psycopg.OperationalError as error:
-        reason = (str(error).strip().splitlines() or ["no answer"])[-1].strip()
-        raise errors.SetupError(f"the database cannot be reached: {reason}") from None
 
 
 # Agents

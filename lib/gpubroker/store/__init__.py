@@ -102,6 +102,7 @@ async def pool() -> Pool:
 async def _open() -> Pool:
     settings = config.settings()
     settings.need("DATABASE_URL", "GPUBROKER_OWNER")
+    migrations.check_url(settings.database_url or "")
     opened: Pool = AsyncConnectionPool(
         settings.database_url or "",
         connection_class=Connection,

@@ -12,6 +12,7 @@ from typing import Any, Final, LiteralString, cast
 
 import psycopg
 from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
 
 from gpubroker.errors import SetupError
 
@@ -60,13 +61,32 @@ def known() -> list[Migration]:
     return found
 
 
+def connect(database_url: str) -> psycopg.Connection[Any]:
+    """Connect once, for the operator's commands. Raises SetupError, in one line, when that cannot be."""
+    check_url(database_url)
+    try:
+        return psycopg.connect(database_url, connect_timeout=_WAIT_SECONDS)
+    except psycopg.OperationalError as error:
+        raise SetupError(f"the database cannot be reached: {_reason(error)}") from None
+
+
+def check_url(database_url: str) -> None:
+    """Raise SetupError for what is no database URL, without showing it: it may hold a password."""
+    try:
+        conninfo_to_dict(database_url)
+    except psycopg.ProgrammingError:
+        msg = "DATABASE_URL is no database URL such as postgresql://user:password@host:5432/name"
+        raise SetupError(msg) from None
+
+
 def migrate(database_url: str) -> list[str]:
     """Apply what is missing, each file in a transaction of its own, and name what was applied.
 
     Raises SetupError, in one line, when the database cannot be reached, was made by a newer version, or differs from it.
     """
     try:
-        with psycopg.connect(database_url, autocommit=True, connect_timeout=_WAIT_SECONDS) as conn:
+        with connect(database_url) as conn:
+            conn.autocommit = True
             conn.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
             conn.execute(_TABLE)
             conn.execute("REVOKE ALL ON migration FROM PUBLIC")
