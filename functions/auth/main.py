@@ -5,24 +5,26 @@ from starlette.requests import Request
 
 from gpubroker import accounts, errors, idempotency, paging, pods, signing, store, tokens, web
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import (
+from gpubroker.resources import Page
+from gpubroker.resources.agents import (
     Agent,
     AgentChange,
     AgentRequest,
     AgentWithKey,
-    Introspection,
-    Jwks,
     Key,
     KeyRequest,
     KeyWithSecret,
-    Page,
-    Revoked,
     RotateRequest,
+    Whoami,
+)
+from gpubroker.resources.tokens import (
+    Introspection,
+    Jwks,
+    Revoked,
     ServerMetadata,
     TokenAnswer,
     TokenForm,
     TokenQuestion,
-    Whoami,
 )
 from gpubroker.store import accounts as rows
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from gpubroker import adapters, errors, web
 from gpubroker import terminals as domain
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import ExecAnswer
+from gpubroker.resources.pods import ExecAnswer
 
 api = web.Api("exec")
 

@@ -6,7 +6,9 @@ from starlette.requests import Request
 from gpubroker import idempotency, paging, quotes, web
 from gpubroker import offers as domain
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import Gpu, Offer, OfferPage, Page, ProviderView, Quote
+from gpubroker.resources import Page
+from gpubroker.resources.offers import Gpu, Offer, OfferPage, ProviderView
+from gpubroker.resources.pods import Quote
 
 api = web.Api("offers")
 

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from gpubroker import errors, idempotency, inputs, paging, pod_requests, web
 from gpubroker import pods as domain
 from gpubroker.inputs import Nothing
-from gpubroker.resources import DryRun, Page, Pod, PodEvent
+from gpubroker.resources import Page
+from gpubroker.resources.pods import DryRun, Pod, PodEvent
 from gpubroker.store import pods as rows
 
 api = web.Api("pods")

@@ -6,8 +6,10 @@ from starlette.requests import Request
 from gpubroker import budgets, paging, web
 from gpubroker import usage as domain
 from gpubroker.inputs import NoQuery, Nothing
-from gpubroker.resources import Budget, BudgetRequest, LimitsView, Page, Statement, Usage, UsageRecord
-from gpubroker.store import money as rows
+from gpubroker.resources import Page
+from gpubroker.resources.budgets import Budget, BudgetRequest
+from gpubroker.resources.usage import LimitsView, Statement, Usage, UsageRecord
+from gpubroker.store import budgets as rows
 
 api = web.Api("usage")
 

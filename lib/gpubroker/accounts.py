@@ -15,8 +15,8 @@ import psycopg
 from gpubroker import budgets, errors, keys, outbox, store
 from gpubroker.events import AgentData
 from gpubroker.ids import new_id
-from gpubroker.resources import (
-    SCOPES,
+from gpubroker.resources import SCOPES
+from gpubroker.resources.agents import (
     Agent,
     AgentChange,
     AgentRequest,

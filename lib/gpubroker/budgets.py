@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from gpubroker import errors, store
 from gpubroker.money import HOUR, format_usd
-from gpubroker.resources import Budget, BudgetRequest
+from gpubroker.resources.budgets import Budget, BudgetRequest
 from gpubroker.store import accounts
-from gpubroker.store import money as rows
+from gpubroker.store import budgets as rows
 
 
 async def show_budget(tx: store.Transaction, agent_id: str) -> Budget:

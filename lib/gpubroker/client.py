@@ -5,80 +5,78 @@ with Client("http://127.0.0.1:8080", key) as broker:
     pod = broker.create_pod({"command": ["nvidia-smi"], "requirements": {"gpu": ["h100"]}}, wait=60)
 ```
 
-Creates carry an Idempotency-Key of their own, so that a retry after a lost answer makes nothing twice. Amounts are integer
-micro-USD (`gpubroker.money.format_usd` writes them). An error answer is a `BrokerError` with all of its problem document.
+What a call is given is JSON as docs and OpenAPI describe it (money as decimal strings); what it returns are the models of
+`gpubroker.resources`, whose amounts are integer micro-USD (`gpubroker.money.format_usd` writes them). Queries leave out what
+is None, and write `from` as `from_`. An error answer, or none, is a `BrokerError`.
+
+A call is sent again after a while when nothing was done, and when doing it twice does no harm: reads, and creates, which
+carry an Idempotency-Key (`idempotency_key`, where a later process shall be able to repeat it). Actions on pods and commands
+in them are not: their `BrokerError` says that they may have been done.
 """
 
 import asyncio
-import random
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, cast
+from typing import Concatenate, Final, Literal, ParamSpec, Self, TypeVar, cast
+from urllib.parse import quote
 
-import httpx
 from pydantic import BaseModel
 
-from gpubroker import bundle, config
-from gpubroker.errors import GpubrokerError
-from gpubroker.resources import (
-    Agent,
-    AgentWithKey,
-    Budget,
-    ExecAnswer,
-    Key,
-    KeyWithSecret,
-    Offer,
-    Page,
-    Pod,
-    Usage,
-    UsageRecord,
-    Whoami,
-)
+from gpubroker import config
+from gpubroker.connection import TIMEOUT_SECONDS, BrokerError, Connection, Hook, Json, parse
+from gpubroker.resources import Page
+from gpubroker.resources.agents import Agent, AgentWithKey, Key, KeyWithSecret, Whoami
+from gpubroker.resources.budgets import Budget
+from gpubroker.resources.offers import Gpu, Offer, OfferPage, ProviderView
+from gpubroker.resources.pods import DryRun, ExecAnswer, Pod, PodEvent, Quote
+from gpubroker.resources.tokens import Introspection, Jwks, ServerMetadata, TokenAnswer
+from gpubroker.resources.usage import LimitsView, Statement, Usage, UsageRecord
+
+__all__ = ["AsyncClient", "BrokerError", "Client"]
 
 M = TypeVar("M", bound=BaseModel)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Json = Mapping[str, Any]
-_TRIES: Final = 5
-_NOTHING_DONE: Final = frozenset({429, 503})
-_CONFLICT: Final = 409
-_UNSURE: Final = frozenset({502, 504})
-_TIMEOUT_SECONDS: Final = 90.0
-_LONGEST_PAUSE_SECONDS: Final = 10.0
+Until = Literal["running", "settled", "change"]
+
+_WATCH_SECONDS: Final = 20
+_EXCHANGE: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
 
 
-class BrokerError(GpubrokerError):
-    """An error answer. `problem` is its whole document: type, title, status, detail, code, retryable, request_id, hint."""
+def _iterate(
+    list_page: Callable[Concatenate["AsyncClient", P], Awaitable[Page[M]]],
+) -> Callable[Concatenate["AsyncClient", P], AsyncGenerator[M]]:
+    """The same list, item by item over all of its pages."""
 
-    def __init__(self, problem: Mapping[str, Any]) -> None:
-        self.problem = dict(problem)
-        self.status = int(problem.get("status") or 0)
-        self.code = str(problem.get("code") or "unknown")
-        self.detail = str(problem.get("detail") or problem.get("title") or "")
-        self.hint = str(problem.get("hint") or "")
-        super().__init__(f"{self.status} {self.code}: {self.detail}")
+    async def walk(self: "AsyncClient", *args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[M]:
+        ask = cast("Callable[..., Awaitable[Page[M]]]", list_page)
+        query: dict[str, object] = {"limit": 200} | kwargs
+        while True:
+            page = await ask(self, *args, **query)
+            for item in page.items:
+                yield item
+            if page.next_cursor is None:
+                return
+            query["cursor"] = page.next_cursor
+
+    walk.__name__, walk.__doc__ = list_page.__name__.replace("list_", "iterate_"), list_page.__doc__
+    return walk
 
 
 class AsyncClient:
     """An agent's view of the broker. Without arguments: GPUBROKER_URL and GPUBROKER_API_KEY.
 
-    The URL is one host for all functions, or has `{function}` in it where each has its own.
+    The URL is one host for all functions, or has `{function}` in it where each has its own. The key is an API key or a JWT.
+    `on_answer` is told every answer. Raises SetupError for what is missing or cannot be.
     """
 
-    def __init__(
-        self,
-        url: str | None = None,
-        key: str | None = None,
-        *,
-        on_answer: Callable[[httpx.Response], Awaitable[None]] | None = None,
-    ) -> None:
+    def __init__(self, url: str | None = None, key: str | None = None, *, on_answer: Hook | None = None) -> None:
         settings = config.settings()
-        self.url = (url or settings.variable("GPUBROKER_URL") or "http://127.0.0.1:8080").rstrip("/")
-        self._key = key or settings.variable("GPUBROKER_API_KEY") or ""
-        hooks = {"response": [on_answer]} if on_answer else {}
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(_TIMEOUT_SECONDS, connect=10.0), event_hooks=hooks)
+        url, key = url or settings.variable("GPUBROKER_URL"), key or settings.variable("GPUBROKER_API_KEY")
+        self._connection = Connection(url, key, on_answer)
 
     async def __aenter__(self) -> Self:
         return self
@@ -90,236 +88,278 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Let go of connections."""
-        await self._http.aclose()
+        await self._connection.close()
 
     # Who calls
 
     async def whoami(self) -> Whoami:
         """Who the key is, with its rights, budget and limits."""
-        return await self._read(Whoami, "GET", "/v1/whoami")
+        return await self._read(Whoami, "/v1/whoami")
 
-    async def create_agent(self, request: Json) -> AgentWithKey:
-        """Make a child agent; its key is shown once."""
-        return await self._read(AgentWithKey, "POST", "/v1/agents", body=request, create=True)
+    async def create_agent(self, request: Json, *, idempotency_key: str | None = None) -> AgentWithKey:
+        """Make a child agent; its key is shown once, and null where the first answer was lost: rotate it then."""
+        return await self._make(AgentWithKey, "/v1/agents", request, idempotency_key)
 
     async def list_agents(self, **query: object) -> Page[Agent]:
         """The caller's agent and all below it."""
-        return await self._read(Page[Agent], "GET", "/v1/agents", query=query)
+        return await self._read(Page[Agent], "/v1/agents", query)
 
-    async def create_key(self, request: Json) -> KeyWithSecret:
-        """Make a further key, shown once."""
-        return await self._read(KeyWithSecret, "POST", "/v1/keys", body=request, create=True)
+    iterate_agents = _iterate(list_agents)
+
+    async def get_agent(self, agent_id: str) -> Agent:
+        """An agent of the subtree."""
+        return await self._read(Agent, f"/v1/agents/{_segment(agent_id)}")
+
+    async def change_agent(self, agent_id: str, change: Json) -> Agent:
+        """Change name, metadata, scopes, expiry, may_act, grants or limits; what is left out stays."""
+        return await self._do(Agent, "PATCH", f"/v1/agents/{_segment(agent_id)}", change)
+
+    async def revoke_agent(self, agent_id: str) -> Agent:
+        """Revoke an agent and all below it, and end their pods."""
+        return await self._do(Agent, "DELETE", f"/v1/agents/{_segment(agent_id)}", repeatable=True)
+
+    async def create_key(self, request: Json, *, idempotency_key: str | None = None) -> KeyWithSecret:
+        """Make a further key, shown once as an agent's first."""
+        return await self._make(KeyWithSecret, "/v1/keys", request, idempotency_key)
 
     async def list_keys(self, **query: object) -> Page[Key]:
         """The keys of the subtree, without the keys."""
-        return await self._read(Page[Key], "GET", "/v1/keys", query=query)
+        return await self._read(Page[Key], "/v1/keys", query)
+
+    iterate_keys = _iterate(list_keys)
+
+    async def rotate_key(
+        self, key_id: str, *, overlap_seconds: int = 0, idempotency_key: str | None = None
+    ) -> KeyWithSecret:
+        """Replace a key by a new one, shown once; the old one lives for the overlap."""
+        body = {"overlap_seconds": overlap_seconds}
+        return await self._make(KeyWithSecret, f"/v1/keys/{_segment(key_id)}/rotate", body, idempotency_key)
 
     async def revoke_key(self, key_id: str) -> Key:
         """Revoke a key at once."""
-        return await self._read(Key, "DELETE", f"/v1/keys/{key_id}")
+        return await self._do(Key, "DELETE", f"/v1/keys/{_segment(key_id)}", repeatable=True)
+
+    # Tokens
+
+    async def issue_token(self, client_id: str, client_secret: str, **form: object) -> TokenAnswer:
+        """A short-lived token for an agent's id and one of its keys; `scope`, `audience`, `expires_in`, `budget_usd` narrow it."""
+        asked = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": client_secret}
+        return await self._post_form(TokenAnswer, "/v1/token", asked | form)
+
+    async def exchange_token(self, subject_token: str, actor_token: str | None = None, **form: object) -> TokenAnswer:
+        """A narrower token made of another or of a key, for whoever acts; its subject pays (RFC 8693)."""
+        asked = {"grant_type": _EXCHANGE, "subject_token": subject_token, "actor_token": actor_token}
+        return await self._post_form(TokenAnswer, "/v1/token", asked | form)
+
+    async def introspect_token(self, token: str) -> Introspection:
+        """What a token or key is and may do now (RFC 7662)."""
+        return await self._post_form(Introspection, "/v1/introspect", {"token": token})
+
+    async def revoke_token(self, token: str) -> None:
+        """Revoke a token or key; what is none is no error (RFC 7009)."""
+        await self._connection.send("POST", "/v1/revoke", form={"token": token}, repeatable=True)
+
+    async def read_jwks(self) -> Jwks:
+        """The public keys of the tokens."""
+        return await self._read(Jwks, "/.well-known/jwks.json")
+
+    async def describe_server(self) -> ServerMetadata:
+        """The metadata of the authorization server (RFC 8414)."""
+        return await self._read(ServerMetadata, "/.well-known/oauth-authorization-server")
 
     # What can be rented
 
-    async def list_offers(self, **query: object) -> Page[Offer]:
-        """Search offers: the filters of `GET /v1/offers`."""
-        return await self._read(Page[Offer], "GET", "/v1/offers", query=query)
+    async def list_offers(self, **query: object) -> OfferPage:
+        """Search offers by the filters of `GET /v1/offers`; an empty page says why it is."""
+        return await self._read(OfferPage, "/v1/offers", query)
+
+    iterate_offers = _iterate(list_offers)
+
+    async def get_offer(self, offer_id: str) -> Offer:
+        """One offer."""
+        return await self._read(Offer, f"/v1/offers/{_segment(offer_id)}")
+
+    async def list_gpus(self, **query: object) -> Page[Gpu]:
+        """GPU models, with who offers them and for how much now."""
+        return await self._read(Page[Gpu], "/v1/gpus", query)
+
+    iterate_gpus = _iterate(list_gpus)
+
+    async def list_providers(self) -> Page[ProviderView]:
+        """Providers: configured, healthy, how old their offers are, what they can do."""
+        return await self._read(Page[ProviderView], "/v1/providers")
+
+    async def make_quote(self, request: Json, *, idempotency_key: str | None = None) -> Quote:
+        """A price that is firm for two minutes and one pod."""
+        return await self._make(Quote, "/v1/quotes", request, idempotency_key)
 
     # Pods
 
-    async def create_pod(self, request: Json, *, wait: int = 0, until: str = "settled", **query: object) -> Pod:
-        """Ask for a pod, and wait up to `wait` seconds until it is what is waited for."""
+    async def create_pod(
+        self,
+        request: Json,
+        *,
+        wait: int = 0,
+        until: Until = "settled",
+        idempotency_key: str | None = None,
+        **query: object,
+    ) -> Pod:
+        """Ask for a pod, and wait up to `wait` seconds (60 at the most) until it is what is waited for."""
         asked = {"wait": wait, "until": until, **query}
-        return await self._read(Pod, "POST", "/v1/pods", body=request, query=asked, create=True)
+        return await self._make(Pod, "/v1/pods", request, idempotency_key, asked)
 
-    async def get_pod(self, pod_id: str, *, wait: int = 0, until: str = "settled", **query: object) -> Pod:
-        """A pod now, or once it is what is waited for."""
-        return await self._read(Pod, "GET", f"/v1/pods/{pod_id}", query={"wait": wait, "until": until, **query})
+    async def dry_run_pod(self, request: Json) -> DryRun:
+        """What a request would choose and hold; nothing is done."""
+        return await self._do(DryRun, "POST", "/v1/pods", request, {"dry_run": True}, repeatable=True)
+
+    async def get_pod(
+        self, pod_id: str, *, wait: int = 0, until: Until = "settled", after_version: int | None = None
+    ) -> Pod:
+        """A pod now, or within `wait` seconds (60 at the most) once it is what is waited for."""
+        asked = {"wait": wait, "until": until, "after_version": after_version}
+        return await self._read(Pod, f"/v1/pods/{_segment(pod_id)}", asked)
+
+    async def watch_pod(self, pod_id: str, *, gone: bool = False) -> AsyncGenerator[Pod]:
+        """A pod now, at each change, and every 20 seconds, until it is settled; with `gone`, until it is terminated."""
+        pod = await self.get_pod(pod_id)
+        while True:
+            yield pod
+            if pod.state == "terminated" or (pod.settled and not gone):
+                return
+            pod = await self.get_pod(pod_id, wait=_WATCH_SECONDS, until="change", after_version=pod.version)
 
     async def list_pods(self, **query: object) -> Page[Pod]:
         """Pods of the subtree, the newest first."""
-        return await self._read(Page[Pod], "GET", "/v1/pods", query=query)
+        return await self._read(Page[Pod], "/v1/pods", query)
+
+    iterate_pods = _iterate(list_pods)
+
+    async def list_events(self, pod_id: str, **query: object) -> Page[PodEvent]:
+        """A pod's history: every state, attempt and charge."""
+        return await self._read(Page[PodEvent], f"/v1/pods/{_segment(pod_id)}/events", query)
+
+    iterate_events = _iterate(list_events)
 
     async def start_pod(self, pod_id: str, *, wait: int = 0) -> Pod:
         """Start a stopped pod."""
-        return await self._read(Pod, "POST", f"/v1/pods/{pod_id}/start", query={"wait": wait})
+        return await self._do(Pod, "POST", f"/v1/pods/{_segment(pod_id)}/start", query={"wait": wait})
 
     async def stop_pod(self, pod_id: str, *, wait: int = 0) -> Pod:
         """Stop a pod, its disk kept."""
-        return await self._read(Pod, "POST", f"/v1/pods/{pod_id}/stop", query={"wait": wait})
+        return await self._do(Pod, "POST", f"/v1/pods/{_segment(pod_id)}/stop", query={"wait": wait})
 
     async def restart_pod(self, pod_id: str, *, wait: int = 0) -> Pod:
         """End a pod's program and start it anew."""
-        return await self._read(Pod, "POST", f"/v1/pods/{pod_id}/restart", query={"wait": wait})
+        return await self._do(Pod, "POST", f"/v1/pods/{_segment(pod_id)}/restart", query={"wait": wait})
 
     async def extend_pod(self, pod_id: str, request: Json) -> Pod:
-        """Give a pod a longer life."""
-        return await self._read(Pod, "POST", f"/v1/pods/{pod_id}/extend", body=request)
+        """Give a pod a longer life: new totals of `max_lifetime_seconds`, `budget_usd`, or both."""
+        return await self._do(Pod, "POST", f"/v1/pods/{_segment(pod_id)}/extend", request)
 
     async def terminate_pod(self, pod_id: str, *, wait: int = 0) -> Pod:
-        """End a pod, disk and all."""
-        return await self._read(Pod, "DELETE", f"/v1/pods/{pod_id}", query={"wait": wait})
+        """End a pod, disk and all; again is harmless."""
+        return await self._do(Pod, "DELETE", f"/v1/pods/{_segment(pod_id)}", query={"wait": wait}, repeatable=True)
+
+    async def terminate_pods(self, **query: object) -> Page[Pod]:
+        """End all pods of the subtree that match `label`, `state`, `agent_id`, `created_after`: at least one is needed.
+
+        Those that this call ended are returned; where the answer was lost and it was sent again, only the rest.
+        """
+        return await self._do(Page[Pod], "DELETE", "/v1/pods", query=query, repeatable=True)
 
     async def read_log(self, pod_id: str, **query: object) -> str:
-        """The last lines of a pod's log."""
-        return (await self._send("GET", f"/v1/logs/{pod_id}", query=query)).text
+        """The last lines of a pod's log: `tail`, `since`."""
+        return (await self._connection.send("GET", f"/v1/logs/{_segment(pod_id)}", query=query, repeatable=True)).text
 
     async def follow_log(self, pod_id: str, *, tail: int = 200) -> AsyncGenerator[str]:
-        """A pod's log, line by line, until its program has ended; streams that end are resumed."""
-        last: str | None = None
-        while True:
-            headers = {"Authorization": f"Bearer {self._key}"} | ({"Last-Event-ID": last} if last else {})
-            address = self._address(f"/v1/logs/{pod_id}")
-            async with self._http.stream(
-                "GET", address, params={"follow": "true", "tail": tail}, headers=headers, timeout=httpx.Timeout(60.0)
-            ) as answer:
-                if answer.is_error:
-                    await answer.aread()
-                    raise _as_error(answer)
-                async for event in _read_events(answer):
-                    if event.get("event") == "end":
-                        return
-                    last = event.get("id", last)
-                    if "data" in event:
-                        yield event["data"]
+        """A pod's log, line by line, until its program has ended. A stream that ends or breaks is resumed where it was."""
+        async with aclosing(
+            self._connection.follow(f"/v1/logs/{_segment(pod_id)}", {"follow": True, "tail": tail})
+        ) as lines:
+            async for line in lines:
+                yield line
 
     async def execute(
         self, pod_id: str, command: list[str], *, timeout_seconds: int = 60, stdin: str | None = None
     ) -> ExecAnswer:
-        """Run a command in a running pod and wait for its end."""
+        """Run a command in a running pod and wait for its end, 300 seconds at the most."""
         body: dict[str, object] = {"command": command, "timeout_seconds": timeout_seconds}
         if stdin is not None:
             body["stdin"] = stdin
-        return await self._read(ExecAnswer, "POST", f"/v1/exec/{pod_id}", body=body, seconds=timeout_seconds + 30)
+        return await self._do(ExecAnswer, "POST", f"/v1/exec/{_segment(pod_id)}", body, seconds=timeout_seconds + 30)
 
     # What was used
 
     async def usage(self, **query: object) -> Usage:
-        """What the subtree used; `from_` stands for `from`."""
-        return await self._read(Usage, "GET", "/v1/usage", query=query)
+        """What the subtree used: `from_`, `to`, `group_by`, `pod_id`, `agent_id`."""
+        return await self._read(Usage, "/v1/usage", query)
 
     async def list_records(self, **query: object) -> Page[UsageRecord]:
         """The intervals that were charged."""
-        return await self._read(Page[UsageRecord], "GET", "/v1/usage/records", query=query)
+        return await self._read(Page[UsageRecord], "/v1/usage/records", query)
+
+    iterate_records = _iterate(list_records)
+
+    async def get_statement(self, month: str) -> Statement:
+        """The statement of a month such as `2026-11`."""
+        return await self._read(Statement, f"/v1/statements/{_segment(month)}")
+
+    async def read_statement_csv(self, month: str) -> str:
+        """The items of a statement as CSV."""
+        headers = {"Accept": "text/csv"}
+        return (
+            await self._connection.send("GET", f"/v1/statements/{_segment(month)}", headers=headers, repeatable=True)
+        ).text
+
+    async def show_limits(self) -> LimitsView:
+        """The limits of the agent and its organisation, and what is used of them."""
+        return await self._read(LimitsView, "/v1/limits")
 
     async def list_budgets(self, **query: object) -> Page[Budget]:
         """Budgets of the subtree."""
-        return await self._read(Page[Budget], "GET", "/v1/budgets", query=query)
+        return await self._read(Page[Budget], "/v1/budgets", query)
+
+    iterate_budgets = _iterate(list_budgets)
 
     async def set_budget(self, agent_id: str, limit_usd: str, period: str = "total") -> Budget:
-        """Set the limit of an agent below."""
-        return await self._read(
-            Budget, "PUT", f"/v1/budgets/{agent_id}", body={"limit_usd": limit_usd, "period": period}
-        )
+        """Set the limit of an agent below, or lower one's own."""
+        body = {"limit_usd": limit_usd, "period": period}
+        return await self._do(Budget, "PUT", f"/v1/budgets/{_segment(agent_id)}", body, repeatable=True)
 
     # The wire
 
-    async def _read(
+    async def _read(self, model: type[M], path: str, query: Json | None = None) -> M:
+        return parse(model, await self._connection.send("GET", path, query=query, repeatable=True))
+
+    async def _make(self, model: type[M], path: str, body: Json, key: str | None, query: Json | None = None) -> M:
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex}
+        return parse(
+            model, await self._connection.send("POST", path, body=body, query=query, headers=headers, repeatable=True)
+        )
+
+    async def _do(
         self,
         model: type[M],
         method: str,
         path: str,
-        *,
         body: Json | None = None,
         query: Json | None = None,
-        create: bool = False,
-        seconds: float | None = None,
+        *,
+        seconds: float = TIMEOUT_SECONDS,
+        repeatable: bool = False,
     ) -> M:
-        answer = await self._send(method, path, body=body, query=query, create=create, seconds=seconds)
-        return model.model_validate(_rename(answer.json()))
+        answer = await self._connection.send(
+            method, path, body=body, query=query, seconds=seconds, repeatable=repeatable
+        )
+        return parse(model, answer)
 
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Json | None = None,
-        query: Json | None = None,
-        create: bool = False,
-        seconds: float | None = None,
-    ) -> httpx.Response:
-        """Send, and send again what may be: anything of which nothing was done, reads, and creates with their key."""
-        headers = {"Authorization": f"Bearer {self._key}"} | ({"Idempotency-Key": uuid.uuid4().hex} if create else {})
-        repeatable = create or method in ("GET", "PUT", "DELETE")
-        parameters = {name.rstrip("_"): value for name, value in (query or {}).items() if value not in (None, 0, "")}
-        timeout = httpx.Timeout(seconds, connect=10.0) if seconds else httpx.USE_CLIENT_DEFAULT
-        for left in reversed(range(_TRIES)):
-            try:
-                answer = await self._http.request(
-                    method,
-                    self._address(path),
-                    params=cast("Any", parameters),
-                    json=body,
-                    headers=headers,
-                    timeout=timeout,
-                )
-            except httpx.ConnectError as error:
-                if not left:
-                    raise _unheard("unreachable", f"{self.url} cannot be reached: {error}") from None
-                pause = 0.2
-            except httpx.TransportError as error:
-                if not left or not repeatable:
-                    raise _unheard("no_answer", f"no answer of {self.url}: {type(error).__name__}") from None
-                pause = 0.5
-            else:
-                if answer.is_success:
-                    return answer
-                if not left or not _may_repeat(answer, repeatable=repeatable):
-                    raise _as_error(answer)
-                pause = min(float(answer.headers.get("Retry-After") or 1), _LONGEST_PAUSE_SECONDS)
-            await asyncio.sleep(pause * (1 + random.random() / 2))  # noqa: S311 - so that many clients do not come at once
-        raise AssertionError
-
-    def _address(self, path: str) -> str:
-        if "{function}" not in self.url:
-            return self.url + path
-        served = [f for f in bundle.FUNCTIONS for prefix in f.paths if f"{path}/".startswith(f"{prefix}/")]
-        return self.url.replace("{function}", served[0].name if served else "auth") + path
+    async def _post_form(self, model: type[M], path: str, form: Json) -> M:
+        return parse(model, await self._connection.send("POST", path, form=form, repeatable=True))
 
 
-def _may_repeat(answer: httpx.Response, *, repeatable: bool) -> bool:
-    if answer.status_code in _NOTHING_DONE:
-        return True
-    in_progress = answer.status_code == _CONFLICT and "idempotency_in_progress" in answer.text
-    return repeatable and (answer.status_code in _UNSURE or in_progress)
-
-
-def _unheard(code: str, detail: str) -> BrokerError:
-    return BrokerError({"status": 0, "code": code, "detail": detail})
-
-
-def _as_error(answer: httpx.Response) -> BrokerError:
-    try:
-        problem: object = answer.json()
-    except ValueError:
-        problem = None
-    if not isinstance(problem, dict):
-        detail = f"{answer.url} is no gpubroker: {answer.text[:200]}"
-        problem = {"status": answer.status_code, "code": "not_the_broker", "detail": detail}
-    return BrokerError({"status": answer.status_code} | cast("dict[str, Any]", problem))
-
-
-def _rename(value: object) -> object:
-    """`from` is a word of Python: in the models it is `from_`."""
-    if isinstance(value, dict):
-        members = cast("dict[str, object]", value)
-        return {"from_" if name == "from" else name: _rename(member) for name, member in members.items()}
-    if isinstance(value, list):
-        return [_rename(member) for member in cast("list[object]", value)]
-    return value
-
-
-async def _read_events(answer: httpx.Response) -> AsyncGenerator[dict[str, str]]:
-    event: dict[str, str] = {}
-    async for line in answer.aiter_lines():
-        if not line:
-            if event:
-                yield event
-            event = {}
-            continue
-        name, _, value = line.partition(":")
-        if name:
-            value = value.removeprefix(" ")
-            event[name] = f"{event[name]}\n{value}" if name == "data" and "data" in event else value
+def _segment(name: str) -> str:
+    """One segment of a path, whatever is in it."""
+    return quote(name, safe="")
 
 
 def _sync(method: Callable[Concatenate[AsyncClient, P], Awaitable[T]]) -> Callable[Concatenate["Client", P], T]:
@@ -332,17 +372,34 @@ def _sync(method: Callable[Concatenate[AsyncClient, P], Awaitable[T]]) -> Callab
     return call
 
 
+def _sync_iterator(
+    method: Callable[Concatenate[AsyncClient, P], AsyncGenerator[T]],
+) -> Callable[Concatenate["Client", P], Generator[T]]:
+    """The same for a method that yields one thing after another."""
+
+    def walk(self: "Client", *args: P.args, **kwargs: P.kwargs) -> Generator[T]:
+        items = method(self.inner, *args, **kwargs)
+        try:
+            while True:
+                try:
+                    item = self.run(anext(items))
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            if not self.is_closed:
+                self.run(items.aclose())
+
+    walk.__name__, walk.__doc__ = method.__name__, method.__doc__
+    return walk
+
+
 class Client:
     """The same client for code that is not async. Its methods are those of `AsyncClient`, and wait."""
 
-    def __init__(
-        self,
-        url: str | None = None,
-        key: str | None = None,
-        *,
-        on_answer: Callable[[httpx.Response], Awaitable[None]] | None = None,
-    ) -> None:
+    def __init__(self, url: str | None = None, key: str | None = None, *, on_answer: Hook | None = None) -> None:
         self.inner = AsyncClient(url, key, on_answer=on_answer)
+        self.is_closed = False
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Self:
@@ -362,40 +419,60 @@ class Client:
         return self._runner.run(wait())
 
     def close(self) -> None:
-        """Let go of connections."""
-        self.run(self.inner.close())
-        self._runner.close()
-
-    def follow_log(self, pod_id: str, *, tail: int = 200) -> Generator[str]:
-        """A pod's log, line by line, until its program has ended."""
-        lines = self.inner.follow_log(pod_id, tail=tail)
-        try:
-            while True:
-                try:
-                    yield self.run(anext(lines))
-                except StopAsyncIteration:
-                    return
-        finally:
-            self.run(lines.aclose())
+        """Let go of connections; again is harmless."""
+        if not self.is_closed:
+            self.run(self.inner.close())
+            self.is_closed = True
+            self._runner.close()
 
     whoami = _sync(AsyncClient.whoami)
     create_agent = _sync(AsyncClient.create_agent)
     list_agents = _sync(AsyncClient.list_agents)
+    iterate_agents = _sync_iterator(AsyncClient.iterate_agents)
+    get_agent = _sync(AsyncClient.get_agent)
+    change_agent = _sync(AsyncClient.change_agent)
+    revoke_agent = _sync(AsyncClient.revoke_agent)
     create_key = _sync(AsyncClient.create_key)
     list_keys = _sync(AsyncClient.list_keys)
+    iterate_keys = _sync_iterator(AsyncClient.iterate_keys)
+    rotate_key = _sync(AsyncClient.rotate_key)
     revoke_key = _sync(AsyncClient.revoke_key)
+    issue_token = _sync(AsyncClient.issue_token)
+    exchange_token = _sync(AsyncClient.exchange_token)
+    introspect_token = _sync(AsyncClient.introspect_token)
+    revoke_token = _sync(AsyncClient.revoke_token)
+    read_jwks = _sync(AsyncClient.read_jwks)
+    describe_server = _sync(AsyncClient.describe_server)
     list_offers = _sync(AsyncClient.list_offers)
+    iterate_offers = _sync_iterator(AsyncClient.iterate_offers)
+    get_offer = _sync(AsyncClient.get_offer)
+    list_gpus = _sync(AsyncClient.list_gpus)
+    iterate_gpus = _sync_iterator(AsyncClient.iterate_gpus)
+    list_providers = _sync(AsyncClient.list_providers)
+    make_quote = _sync(AsyncClient.make_quote)
     create_pod = _sync(AsyncClient.create_pod)
+    dry_run_pod = _sync(AsyncClient.dry_run_pod)
     get_pod = _sync(AsyncClient.get_pod)
+    watch_pod = _sync_iterator(AsyncClient.watch_pod)
     list_pods = _sync(AsyncClient.list_pods)
+    iterate_pods = _sync_iterator(AsyncClient.iterate_pods)
+    list_events = _sync(AsyncClient.list_events)
+    iterate_events = _sync_iterator(AsyncClient.iterate_events)
     start_pod = _sync(AsyncClient.start_pod)
     stop_pod = _sync(AsyncClient.stop_pod)
     restart_pod = _sync(AsyncClient.restart_pod)
     extend_pod = _sync(AsyncClient.extend_pod)
     terminate_pod = _sync(AsyncClient.terminate_pod)
+    terminate_pods = _sync(AsyncClient.terminate_pods)
     read_log = _sync(AsyncClient.read_log)
+    follow_log = _sync_iterator(AsyncClient.follow_log)
     execute = _sync(AsyncClient.execute)
     usage = _sync(AsyncClient.usage)
     list_records = _sync(AsyncClient.list_records)
+    iterate_records = _sync_iterator(AsyncClient.iterate_records)
+    get_statement = _sync(AsyncClient.get_statement)
+    read_statement_csv = _sync(AsyncClient.read_statement_csv)
+    show_limits = _sync(AsyncClient.show_limits)
     list_budgets = _sync(AsyncClient.list_budgets)
+    iterate_budgets = _sync_iterator(AsyncClient.iterate_budgets)
     set_budget = _sync(AsyncClient.set_budget)

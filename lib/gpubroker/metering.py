@@ -5,8 +5,8 @@ from typing import Final
 
 from gpubroker import outbox, store
 from gpubroker.events import UsageData
+from gpubroker.store import billing as billing_rows
 from gpubroker.store import instances as rows
-from gpubroker.store import money as money_rows
 
 log = logging.getLogger("gpubroker.metering")
 
@@ -17,7 +17,7 @@ async def bill_pod(tx: store.Transaction, pod_id: str) -> int:
     """Bill a pod's instances up to when they were last seen. Returns what its agent was charged, micro-USD."""
     charged = 0
     for instance_id, seen_at in await rows.list_billable(tx.conn, pod_id):
-        paid = await money_rows.bill(tx.conn, instance_id, seen_at)
+        paid = await billing_rows.bill(tx.conn, instance_id, seen_at)
         if paid:
             await _record(tx, instance_id)
         charged += paid
@@ -30,13 +30,13 @@ async def bill_all(older_than_seconds: int) -> int:
         unbilled = await rows.list_unbilled(tx.conn, older_than_seconds, _BATCH)
     for instance_id, seen_at in unbilled:
         async with store.worker() as tx:
-            if await money_rows.bill(tx.conn, instance_id, seen_at):
+            if await billing_rows.bill(tx.conn, instance_id, seen_at):
                 await _record(tx, instance_id)
     return len(unbilled)
 
 
 async def _record(tx: store.Transaction, instance_id: str) -> None:
-    billed = await money_rows.find_billed(tx.conn, instance_id)
+    billed = await billing_rows.find_billed(tx.conn, instance_id)
     if billed is None:
         return
     data = UsageData(

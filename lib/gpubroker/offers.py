@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from gpubroker import errors, gpus, inputs, paging, store
+from gpubroker import errors, inputs, paging, store
 from gpubroker.money import InUsd, format_usd
-from gpubroker.resources import Gpu, Near, NoMatch, Offer, OfferPage, Page, ProviderView, Support
+from gpubroker.resources import Page, Support
+from gpubroker.resources.offers import Gpu, Near, NoMatch, Offer, OfferPage, ProviderView
 from gpubroker.store import offers as rows
 
 log = logging.getLogger("gpubroker.offers")
@@ -158,6 +159,8 @@ def read_filters(filters: Filters, root: str) -> dict[str, Any]:
 
 
 def _ask_models(texts: list[str], root: str) -> list[str]:
+    from gpubroker import gpus  # noqa: PLC0415 - many searches name no model
+
     wanted: dict[str, None] = {}
     for text in texts:
         names = gpus.ask(text)
@@ -169,6 +172,8 @@ def _ask_models(texts: list[str], root: str) -> list[str]:
 
 async def list_gpus(tx: store.Transaction, after: str | None, limit: int) -> Page[Gpu]:
     """Every GPU model that is known or offered, by name, with who offers it and for how much now."""
+    from gpubroker import gpus  # noqa: PLC0415 - as below
+
     offered = {gpu.model: gpu for gpu in await rows.list_gpus(tx.conn)}
     known = {
         name: Gpu(model=name, vram_gb=model.vram_gb, providers=[], offers=0, lowest_usd_per_gpu_hour=None,

@@ -14,10 +14,12 @@ from pydantic import AfterValidator, Field, model_validator
 from gpubroker import budgets, errors, holds, idempotency, inputs, offers, outbox, pods, quotes, sealing, store
 from gpubroker.events import PodData
 from gpubroker.ids import new_id
+from gpubroker.inputs import Input
 from gpubroker.money import InUsd
 from gpubroker.pods import Life, Opener
-from gpubroker.resources import DryRun, Input, Name
-from gpubroker.store import money as money_rows
+from gpubroker.resources import Name
+from gpubroker.resources.pods import DryRun
+from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import offers as offer_rows
 from gpubroker.store import pods as rows
 from gpubroker.store import quotes as quote_rows
@@ -208,7 +210,7 @@ async def read_purse(tx: store.Transaction) -> budgets.Purse:
     """What the caller's path, and its token, allow now."""
     caller = tx.known
     room = None if caller.jti is None else await token_rows.find_least_room(tx.conn, caller.jti)
-    return budgets.Purse(caller, await money_rows.list_standings(tx.conn, caller.path), room)
+    return budgets.Purse(caller, await budgets_rows.list_standings(tx.conn, caller.path), room)
 
 
 def _refuse_excess(caller: store.Caller, request: PodRequest, plan: Plan) -> None:

@@ -15,10 +15,12 @@ from pydantic import BeforeValidator, Field
 
 from gpubroker import budgets, errors, holds, inputs, outbox, paging, store
 from gpubroker.events import ActionData, PodData
+from gpubroker.inputs import Input
 from gpubroker.money import HOUR, InUsd, format_usd
-from gpubroker.resources import AttemptView, Endpoint, Input, Page, Pod, PodEvent, State
+from gpubroker.resources import Page, State
+from gpubroker.resources.pods import AttemptView, Endpoint, Pod, PodEvent
+from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
-from gpubroker.store import money as money_rows
 from gpubroker.store import pods as rows
 from gpubroker.store.offers import Candidate
 from gpubroker.times import parse_time
@@ -118,7 +120,7 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
 
 
 async def _take_more(tx: store.Transaction, pod: rows.PodView, taken: int, more: int, candidate: Candidate) -> None:
-    purse = budgets.Purse(tx.known, await money_rows.list_standings(tx.conn, tx.known.path))
+    purse = budgets.Purse(tx.known, await budgets_rows.list_standings(tx.conn, tx.known.path))
     try:
         async with tx.conn.transaction():
             await rows.take_hold(tx.conn, pod.id, f"extend:{taken}", pod.agent_id, more)

@@ -23,9 +23,9 @@ from gpubroker.money import cost
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
 from gpubroker.sightings import Scene
+from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
-from gpubroker.store import money as money_rows
 from gpubroker.store import pods as pod_rows
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
 from gpubroker.store.offers import Candidate
@@ -485,7 +485,7 @@ class Driver:
             if until is not None:
                 await rows.save_pod(tx.conn, replace(pod, due_at=until))
                 return
-            await money_rows.settle(tx.conn, pod.id)
+            await billing_rows.settle(tx.conn, pod.id)
             await sightings.save(
                 tx,
                 pod,
@@ -739,7 +739,7 @@ async def _make_stray(tx: store.Transaction, pod: PodRow, work: Work) -> None:
     if instance.started_at is None:
         await sightings.charge_installation(tx, stray, work.maker)
     else:
-        await money_rows.change_phase(tx.conn, stray.id, pod.now, "full", work.maker.price_micro_h, "operator")
+        await billing_rows.change_phase(tx.conn, stray.id, pod.now, "full", work.maker.price_micro_h, "operator")
 
 
 async def _keep_log(attempt: AttemptRow, adapter: base.Provider, instance: InstanceRow) -> None:

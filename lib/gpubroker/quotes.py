@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from gpubroker import errors, holds, idempotency, inputs, offers, store
 from gpubroker.ids import new_id
+from gpubroker.inputs import Input
 from gpubroker.money import cost
 from gpubroker.pods import Life, present_offer
-from gpubroker.resources import Input, Quote
+from gpubroker.resources.pods import Quote
 from gpubroker.store import offers as offer_rows
 from gpubroker.store import quotes as rows
 from gpubroker.store.offers import Candidate

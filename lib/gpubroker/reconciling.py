@@ -14,9 +14,9 @@ from gpubroker import config, errors, metering, outbox, provisioning, store
 from gpubroker.providers import registry
 from gpubroker.providers.registry import Adapters
 from gpubroker.provisioning import Driver
+from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
-from gpubroker.store import money as money_rows
 from gpubroker.sweep import sweep
 
 log = logging.getLogger("gpubroker.reconcile")
@@ -84,7 +84,7 @@ async def _gather(work: Sequence[Awaitable[None]], names: Sequence[str]) -> None
 async def _tidy() -> None:
     async with store.worker() as tx:
         overdue = await event_rows.take_overdue(tx)
-        for month in await money_rows.close_months(tx.conn):
+        for month in await billing_rows.close_months(tx.conn):
             log.info("%s is closed", month)
         await event_rows.prune(tx)
     if overdue:

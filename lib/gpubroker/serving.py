@@ -1,5 +1,6 @@
 """One function as a process: `gpubroker serve <name>`, under uvicorn with uvloop and httptools."""
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def set_up_logging() -> None:
 
 def serve(name: str, port: int | None, host: str) -> int:
     """Serve a function until SIGTERM or SIGINT. Raises SetupError when it cannot work as it is set up."""
+    gc.disable()  # until it listens: what is loaded stays, and looking through it again and again is a tenth of the start
     bundle.function(name)
     settings = config.settings()
     settings.need("DATABASE_URL", "GPUBROKER_OWNER", "GPUBROKER_SECRET_KEY")
@@ -96,6 +98,8 @@ async def _run(server: "uvicorn.Server") -> None:
         reason = str(error.__cause__ or error).strip().splitlines()
         line = f"the database cannot be reached: {reason[-1] if reason else 'no answer'}"
         raise errors.SetupError(line) from None
+    gc.freeze()
+    gc.enable()
     try:
         await server.serve()
     except SystemExit:

@@ -13,8 +13,8 @@ from typing import Any, Final
 from gpubroker import outbox, store
 from gpubroker.events import BY_WHAT, PodData
 from gpubroker.providers import base
+from gpubroker.store import billing as billing_rows
 from gpubroker.store import instances as rows
-from gpubroker.store import money as money_rows
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
 
 log = logging.getLogger("gpubroker.sightings")
@@ -95,20 +95,20 @@ async def _change_phase(scene: Scene, seen: base.Instance, moment: datetime) -> 
         if seen.life != "running":
             return  # who pays for the boot is decided by how it ends
         if scene.capabilities.get("bills_boot"):
-            await money_rows.change_phase(
+            await billing_rows.change_phase(
                 conn, instance.id, instance.known_at, "full", attempt.price_micro_h, "operator"
             )
     if seen.billing == "unknown":
         return
     candidate = attempt.candidate
     price = {"full": attempt.price_micro_h, "storage": candidate.stopped_micro_h or 0, "none": 0}[seen.billing]
-    await money_rows.change_phase(conn, instance.id, moment, seen.billing, price, "customer")
+    await billing_rows.change_phase(conn, instance.id, moment, seen.billing, price, "customer")
 
 
 async def charge_installation(tx: store.Transaction, instance: InstanceRow, attempt: AttemptRow | None) -> None:
     """What nobody asked for is the installation's loss, from its first second or from now on."""
     price = attempt.price_micro_h if attempt else 0
-    await money_rows.change_phase(tx.conn, instance.id, instance.known_at, "full", price, "operator")
+    await billing_rows.change_phase(tx.conn, instance.id, instance.known_at, "full", price, "operator")
 
 
 async def _lose_sight(scene: Scene, seen: base.Instance) -> Scene:
@@ -261,7 +261,7 @@ async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[st
         await _close_phases(scene, ended_at)
     await rows.mark_gone(tx.conn, instance.id, ended_at, evidence)
     if instance.role == "stray":
-        await money_rows.bill(tx.conn, instance.id, ended_at)
+        await billing_rows.bill(tx.conn, instance.id, ended_at)
         return replace(scene, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
     after = replace(pod, billing="none", due_at=pod.now)
     if pod.wanted != "gone":
@@ -275,7 +275,7 @@ async def revive(tx: store.Transaction, instance: InstanceRow, seen_at: datetime
     """What was proved gone is there all the same: nobody's any more, to be ended, and from its end on a loss."""
     log.error("instance %s was proved gone, and is there", instance.provider_instance_id)
     if instance.ended_at is not None:
-        await money_rows.bill(tx.conn, instance.id, instance.ended_at)
+        await billing_rows.bill(tx.conn, instance.id, instance.ended_at)
     await rows.mark_back(tx.conn, instance.id, seen_at)
     return replace(instance, role="stray", gone_at=None, ended_at=None)
 
@@ -285,5 +285,5 @@ async def _close_phases(scene: Scene, ended_at: datetime) -> None:
     if instance.started_at is None and scene.capabilities.get("bills_boot"):
         by_choice = scene.pod.wanted == "gone" and scene.pod.ends_because in ("requested", "agent_revoked")
         payer = "customer" if by_choice else "operator"
-        await money_rows.change_phase(conn, instance.id, instance.known_at, "full", attempt.price_micro_h, payer)
-    await money_rows.change_phase(conn, instance.id, ended_at, "none", 0, "operator")
+        await billing_rows.change_phase(conn, instance.id, instance.known_at, "full", attempt.price_micro_h, payer)
+    await billing_rows.change_phase(conn, instance.id, ended_at, "none", 0, "operator")

@@ -17,9 +17,9 @@ from gpubroker.catalog import describe
 from gpubroker.events import ProviderData
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
+from gpubroker.store import billing as billing_rows
 from gpubroker.store import catalog as refreshes
 from gpubroker.store import instances as rows
-from gpubroker.store import money as money_rows
 from gpubroker.store.instances import InstanceRow
 
 log = logging.getLogger("gpubroker.sweep")
@@ -143,7 +143,7 @@ async def _miss(listing: Listing, known: InstanceRow, *, counts: bool = True) ->
                 await rows.mark_gone(
                     tx.conn, known.id, ended, {"kind": "stray", "listing_without": listing.began_at.isoformat()}
                 )
-                await money_rows.bill(tx.conn, known.id, ended)
+                await billing_rows.bill(tx.conn, known.id, ended)
             else:
                 await rows.save_instance(tx.conn, replace(known, misses=known.misses + 1, missed_since=since))
             return
@@ -231,7 +231,7 @@ async def _end_stray(listing: Listing, stray: InstanceRow) -> None:
         if seen is not None and seen.life == "gone":
             ended = min(seen.ended_at or now, now)
             await rows.mark_gone(tx.conn, fresh.id, ended, {"kind": "final", "said": seen.status})
-            await money_rows.bill(tx.conn, fresh.id, ended)
+            await billing_rows.bill(tx.conn, fresh.id, ended)
         else:
             await rows.save_instance(
                 tx.conn, replace(fresh, terminate_sent_at=fresh.terminate_sent_at or now, commanded_at=now)

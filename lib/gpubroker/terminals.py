@@ -9,9 +9,10 @@ from typing import Annotated, Final, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from gpubroker import errors, inputs, pods, store
+from gpubroker.inputs import Input
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
-from gpubroker.resources import ExecAnswer, Input
+from gpubroker.resources.pods import ExecAnswer
 from gpubroker.store import accounts
 from gpubroker.store import pods as pod_rows
 from gpubroker.times import parse_time

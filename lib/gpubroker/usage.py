@@ -9,19 +9,19 @@ from typing import Annotated, Final
 from pydantic import BeforeValidator, Field
 
 from gpubroker import errors, inputs, paging, store
-from gpubroker.resources import (
+from gpubroker.resources import Page
+from gpubroker.resources.usage import (
     LimitsUse,
     LimitsView,
     LimitUse,
     MoneyLimitUse,
-    Page,
     Statement,
     StatementItem,
     Usage,
     UsageRecord,
     UsageRow,
 )
-from gpubroker.store import money as rows
+from gpubroker.store import usage as rows
 from gpubroker.store.instances import read_instant
 from gpubroker.times import parse_time
 

@@ -11,7 +11,7 @@ import pytest
 from tests.factories import World
 from tests.simulator import OFFERS, Broken, Simulated
 
-from gpubroker import offers as domain
+from gpubroker import catalog, offers as domain
 from gpubroker import store
 from gpubroker.gpus import ask
 from gpubroker.money import format_usd, parse_usd

@@ -9,7 +9,7 @@ import psycopg
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from gpubroker.resources import Agent, Key, Organisation
+from gpubroker.resources.agents import Agent, Key, Organisation
 from gpubroker.store import Caller, Connection
 
 _INSTALL: Final = "INSERT INTO installation (owner) VALUES (%s) ON CONFLICT DO NOTHING"

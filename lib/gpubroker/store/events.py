@@ -6,7 +6,7 @@ from typing import Final
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
-from gpubroker.resources import PodEvent
+from gpubroker.resources.pods import PodEvent
 from gpubroker.store import Connection, Event, Transaction
 
 _ADD: Final = """

@@ -5,7 +5,7 @@ from typing import Any, Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row
 
-from gpubroker.resources import Gpu, Offer, ProviderView
+from gpubroker.resources.offers import Gpu, Offer, ProviderView
 from gpubroker.store import Connection
 
 _COLUMNS: Final = """

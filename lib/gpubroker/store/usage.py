@@ -1,4 +1,4 @@
-"""Rows of `budget`, `hold`, `phase`, `usage_interval` and `ledger`; the rules stand in the migrations' functions."""
+"""What was billed, as agents ask for it: rows of `usage_interval` and `ledger`, and what is used of limits."""
 
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
@@ -6,99 +6,8 @@ from typing import Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row
 
-from gpubroker.resources import Budget, StatementItem, UsageRecord, UsageRow
+from gpubroker.resources.usage import StatementItem, UsageRecord, UsageRow
 from gpubroker.store import Connection
-
-_STANDING: Final = """
-SELECT b.agent_id, a.parent_id, b.limit_micro, cardinality(a.path) AS depth,
-       CASE WHEN b.period_start >= start_of(b.period, instant()) THEN b.committed_micro ELSE 0 END AS committed_micro
-  FROM budget b JOIN agent a ON a.id = b.agent_id
- WHERE b.agent_id = ANY (%s) ORDER BY depth DESC"""
-
-
-class Standing(NamedTuple):
-    """What a budget has committed in its present period, in micro-USD. `limit_micro` None: no limit of its own."""
-
-    agent_id: str
-    parent_id: str | None
-    limit_micro: int | None
-    depth: int
-    committed_micro: int
-
-    @property
-    def available_micro(self) -> int | None:
-        """What its own limit still allows; never negative."""
-        return None if self.limit_micro is None else max(0, self.limit_micro - self.committed_micro)
-
-
-async def list_standings(conn: Connection, path: Sequence[str]) -> list[Standing]:
-    """The budgets of a path, the leaf first, as they stand now; nothing is locked."""
-    cursor = conn.cursor(row_factory=class_row(Standing))
-    await cursor.execute(_STANDING, (list(path),))
-    return await cursor.fetchall()
-
-
-_BUDGET: Final = """
-WITH standing AS (
-    SELECT b.agent_id, a.parent_id, a.path, b.limit_micro, b.period, start_of(b.period, instant()) AS period_start,
-           CASE WHEN b.period_start >= start_of(b.period, instant()) THEN b.committed_micro ELSE 0 END AS committed_micro
-      FROM budget b JOIN agent a ON a.id = b.agent_id JOIN agent_path p ON p.agent_id = a.id
-     WHERE p.ancestor_id = %(above)s AND (%(id)s::text IS NULL OR a.id = %(id)s)
-       AND (%(after)s::text IS NULL OR a.id > %(after)s)
-     ORDER BY a.id LIMIT %(limit)s
-), held AS (
-    SELECT s.agent_id, coalesce(sum(h.amount_micro - h.drawn_micro), 0)::bigint AS held_micro
-      FROM standing s
-      LEFT JOIN (hold h JOIN hold_budget hb ON hb.hold_id = h.id AND h.closed_at IS NULL)
-        ON hb.agent_id = s.agent_id AND hb.period_start = s.period_start
-     GROUP BY s.agent_id
-)
-SELECT s.agent_id, s.limit_micro AS limit_usd, s.period, nullif(s.period_start, '-infinity') AS period_start,
-       s.committed_micro - h.held_micro AS spent_usd, h.held_micro AS held_usd,
-       (SELECT min(greatest(0, u.limit_micro
-                     - CASE WHEN u.period_start >= start_of(u.period, instant()) THEN u.committed_micro ELSE 0 END))
-          FROM budget u WHERE u.agent_id = ANY (s.path) AND u.limit_micro IS NOT NULL) AS available_usd,
-       CASE WHEN s.limit_micro IS NOT NULL THEN greatest(0, s.limit_micro - s.committed_micro) END AS own_available_usd,
-       s.parent_id
-  FROM standing s JOIN held h USING (agent_id) ORDER BY s.agent_id"""
-
-
-async def list_budgets(
-    conn: Connection, above: str, *, agent_id: str | None = None, after: str | None = None, limit: int = 1
-) -> list[Budget]:
-    """Budgets of the subtree of `above`, or that of one agent in it."""
-    cursor = conn.cursor(row_factory=class_row(Budget))
-    await cursor.execute(_BUDGET, {"above": above, "id": agent_id, "after": after, "limit": limit})
-    return await cursor.fetchall()
-
-
-async def set_budget(conn: Connection, agent_id: str, limit_micro: int, period: str) -> None:
-    """Set an agent's own limit; what is held or was spent in the period counts against it."""
-    await conn.execute("SELECT set_budget(%s, %s, %s)", (agent_id, limit_micro, period))
-
-
-async def bill(conn: Connection, instance_id: str, until: datetime) -> int:
-    """Move an instance's watermark up to `until`. Returns what its agent was charged, micro-USD."""
-    row = await (await conn.execute("SELECT bill(%s, %s)", (instance_id, until))).fetchone()
-    return int(row[0]) if row else 0
-
-
-async def change_phase(
-    conn: Connection, instance_id: str, at: datetime, billing: str, price_micro_h: int, payer: str
-) -> None:
-    """From `at` on (truncated to the second, never before what is billed) the instance costs this."""
-    await conn.execute("SELECT change_phase(%s, %s, %s, %s, %s)", (instance_id, at, billing, price_micro_h, payer))
-
-
-async def settle(conn: Connection, pod_id: str) -> None:
-    """Bill to the end, top up to the minimum, close the holds: one step. The caller has locked the pod."""
-    await conn.execute("SELECT settle(%s)", (pod_id,))
-
-
-async def close_months(conn: Connection) -> list[date]:
-    """Close the month before last or last, from the 3rd on, 00:00 UTC; names what it closed."""
-    return [row[0] for row in await (await conn.execute("SELECT close_months()")).fetchall()]
-
 
 _RECORDS: Final = """
 SELECT u.id, u.pod_id, d.agent_id, i.provider_instance_id AS instance, t.provider, t.gpu, t.gpu_count, f.billing,
@@ -272,32 +181,3 @@ async def list_limits(conn: Connection, agent_ids: Sequence[str]) -> list[UsedLi
     cursor = conn.cursor(row_factory=class_row(UsedLimits))
     await cursor.execute(_USED, (list(agent_ids),))
     return await cursor.fetchall()
-
-
-async def enter_root(conn: Connection, agent_id: str) -> bool:
-    """Stand in the organisation of this root agent for the rest of the transaction; for callers with `admin` alone."""
-    row = await (await conn.execute("SELECT enter_root(%s)", (agent_id,))).fetchone()
-    return row is not None and bool(row[0])
-
-
-class Billed(NamedTuple):
-    """How far a pod's instance is billed, and what its agent has paid for the pod so far, micro-USD."""
-
-    pod_id: str
-    org_id: str
-    agent_id: str
-    billed_until: datetime
-    spent_micro: int
-
-
-_FIND_BILLED: Final = """
-SELECT p.id AS pod_id, p.org_id, p.agent_id, i.billed_until,
-       (SELECT coalesce(sum(drawn_micro), 0)::bigint FROM hold WHERE pod_id = p.id) AS spent_micro
-  FROM instance i JOIN pod p ON p.id = i.pod_id WHERE i.id = %s"""
-
-
-async def find_billed(conn: Connection, instance_id: str) -> Billed | None:
-    """What `usage.recorded` tells of an instance that a pod has."""
-    cursor = conn.cursor(row_factory=class_row(Billed))
-    await cursor.execute(_FIND_BILLED, (instance_id,))
-    return await cursor.fetchone()

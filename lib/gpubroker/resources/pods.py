@@ -1,0 +1,108 @@
+"""Pods, what they cost before they are, what happened to them, and what ran in them."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gpubroker.money import Usd
+from gpubroker.resources import Output, State
+from gpubroker.times import Moment
+
+
+class Endpoint(Output):
+    """Where a port of the pod is reached."""
+
+    name: str
+    port: int | None
+    protocol: str
+    host: str
+    external_port: int
+    url: str | None = None
+    command: str | None = None
+
+
+class AttemptView(Output):
+    """One try at one offer."""
+
+    provider: str
+    offer_id: str
+    outcome: str
+    code: str | None
+    at: Moment
+
+
+class Pod(Output):
+    """What an agent wanted and what there is of it."""
+
+    id: str
+    name: str | None
+    state: State
+    state_reason: str | None
+    billing: str
+    provider: str | None
+    provider_instance_id: str | None
+    provider_status: str | None
+    offer: dict[str, Any] | None
+    price_usd_per_hour: Usd | None
+    spent_usd: Usd
+    budget_usd: Usd | None
+    committed_usd: Usd
+    endpoints: list[Endpoint]
+    labels: dict[str, str]
+    agent_id: str
+    attempts: list[AttemptView]
+    allowed_actions: list[str]
+    version: int
+    settled: bool
+    poll_after_seconds: int | None
+    eta_seconds: int | None
+    ends_because: str | None
+    exit_code: int | None
+    links: dict[str, str]
+    created_at: Moment
+    running_at: Moment | None
+    expires_at: Moment
+    terminated_at: Moment | None
+
+
+class DryRun(Output):
+    """What a request for a pod would choose and hold."""
+
+    offer: dict[str, Any]
+    alternatives: list[dict[str, Any]]
+    commit_usd: Usd
+    available_usd: Usd
+    affordable_seconds: int
+    boot_seconds: int
+
+
+class Quote(Output):
+    """A price that is firm until `expires_at`, for one pod of the agent that asked."""
+
+    id: str
+    offer: dict[str, Any]
+    price_usd_per_hour: Usd
+    duration_seconds: int
+    total_usd: Usd = Field(description="What would be held for it: the minimum and the end included.")
+    expires_at: Moment
+    pod_id: str | None
+
+
+class PodEvent(Output):
+    """Something that happened to a pod. `data` is what was so then: ids, states, amounts, causes."""
+
+    id: str
+    kind: Literal["state", "attempt", "charge"]
+    what: str
+    at: Moment
+    data: dict[str, Any]
+
+
+class ExecAnswer(Output):
+    """What a command in a pod left. `exit_code` is null when its time was over."""
+
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    truncated: bool
+    duration_ms: int
