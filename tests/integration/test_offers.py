@@ -11,8 +11,7 @@ import pytest
 from tests.factories import World
 from tests.simulator import OFFERS, Broken, Simulated
 
-from gpubroker import catalog, offers as domain
-from gpubroker import store
+from gpubroker import catalog, store
 from gpubroker.gpus import ask
 from gpubroker.money import format_usd, parse_usd
 from gpubroker.providers import base
@@ -327,7 +326,7 @@ async def test_offers_grow_stale_and_say_so(world: World):
 
 async def refresh(world: World) -> refreshes.Changes:
     world.query("DELETE FROM refresh")
-    changes = await domain.refresh_offers(world.provider, 60)
+    changes = await catalog.refresh_offers(world.provider, 60)
     assert changes is not None
     return changes
 
@@ -337,7 +336,7 @@ async def test_a_refresh_that_fails_loses_no_offer_and_is_noted_once(world: Worl
     for _ in range(2):
         world.query("DELETE FROM refresh")
         with pytest.raises(Broken):
-            await domain.refresh_offers(world.provider, 60)
+            await catalog.refresh_offers(world.provider, 60)
     assert len(await found(world, {})) == 3
     (account,) = world.query("SELECT last_error, unhealthy_since FROM provider_account")
     assert "unreadable" in account["last_error"]
@@ -350,7 +349,7 @@ async def test_a_refresh_that_fails_loses_no_offer_and_is_noted_once(world: Worl
 
 
 async def test_a_refresh_comes_once_in_its_time(world: World):
-    assert await domain.refresh_offers(world.provider, 60) is None
+    assert await catalog.refresh_offers(world.provider, 60) is None
     assert sum(operation == "list_offers" for operation, _ in world.provider.calls) == 1
 
 
@@ -403,7 +402,7 @@ async def test_one_account_never_touches_the_offers_of_another(world: World):
     other = Simulated()
     other.identity = "account-2"
     other.offers = OFFERS[:1]
-    await domain.refresh_offers(other, 60)
+    await catalog.refresh_offers(other, 60)
     world.provider.offers = []
     assert await refresh(world) == refreshes.Changes(0, 3)
     assert len(await found(world, {})) == 1
