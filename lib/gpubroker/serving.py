@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,11 @@ def serve(name: str, port: int | None, host: str) -> int:
     return 0
 
 
+def _outlive(number: int, frame: object) -> None:
+    """The signal that uvicorn obeyed and raises once more at its end: it shall not end us before what is being published."""
+    del number, frame
+
+
 async def _run(server: "uvicorn.Server") -> None:
     from gpubroker import adapters, outbox, rates, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
 
@@ -100,6 +106,7 @@ async def _run(server: "uvicorn.Server") -> None:
         raise errors.SetupError(line) from None
     gc.freeze()
     gc.enable()
+    signal.signal(signal.SIGTERM, _outlive)
     try:
         await server.serve()
     except SystemExit:
