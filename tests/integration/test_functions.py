@@ -1,0 +1,251 @@
+"""Every function as a process of its own, started in both ways that there are, and what a wrong set-up says."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from tests.factories import SECRET_KEY
+
+from gpubroker import accounts, bundle
+from gpubroker.local.processes import free_port, tied
+
+BIN = Path(sys.executable).parent
+LIB = Path(bundle.__file__).parents[1]
+SECONDS = 60
+NAMES = [function.name for function in bundle.FUNCTIONS]
+
+
+def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    """A process that dies with the test, by kill -9 too."""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(LIB), "HOME": "/nonexistent"} | variables
+    return subprocess.Popen(
+        [*tied("TERM"), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str], by: signal.Signals = signal.SIGKILL) -> tuple[str, str]:
+    """End all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, by)
+    try:
+        return process.communicate(timeout=SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@dataclass
+class Installation:
+    variables: dict[str, str]
+    key: str
+
+    def serve(self, name: str, port: int, **variables: str) -> subprocess.Popen[str]:
+        command = [str(BIN / "gpubroker"), "serve", name, "--port", str(port), "--host", "127.0.0.1"]
+        return start(command, {**self.variables, **variables})
+
+    def stock(self, name: str, port: int) -> subprocess.Popen[str]:
+        """As anyone would run any function: the framework's own command."""
+        command = [
+            str(BIN / "functions-framework"), "--source", str(bundle.source(name)), "--target", name, "--asgi",
+            "--host", "127.0.0.1", "--port", str(port),
+        ]  # fmt: skip
+        return start(command, self.variables)
+
+
+@pytest.fixture
+def installation(database_url: str) -> Installation:
+    made = accounts.bootstrap(database_url, "default", 10**9, "total", "enterprise", new_key=False)
+    variables = {"DATABASE_URL": database_url, "GPUBROKER_OWNER": made.owner, "GPUBROKER_SECRET_KEY": SECRET_KEY}
+    return Installation(variables, made.key.key or "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable() -> Iterator[subprocess.Popen[str]]:
+    """It waits for a database that never comes; meanwhile the others are tested."""
+    variables = {
+        "DATABASE_URL": f"postgresql://x:hidden@127.0.0.1:{free_port()}/x",
+        "GPUBROKER_OWNER": "abcd1234",
+        "GPUBROKER_SECRET_KEY": SECRET_KEY,
+    }
+    process = Installation(variables, "").serve("auth", free_port())
+    yield process
+    end(process)
+
+
+def wait_for(process: subprocess.Popen[str], port: int) -> httpx.Response:
+    """The first answer of /healthz."""
+    until = time.monotonic() + SECONDS
+    while True:
+        assert process.poll() is None, f"it ended: {end(process)}"
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=SECONDS, trust_env=False)
+        except httpx.TransportError:
+            assert time.monotonic() < until, f"it does not answer: {end(process)}"
+            time.sleep(0.05)
+
+
+CALLS = {
+    "auth": ("/v1/whoami", 200), "offers": ("/v1/offers", 200), "pods": ("/v1/pods", 200), "usage": ("/v1/usage", 200),
+    "exec": ("/v1/logs/pod_00000000000000000000000000", 404),
+}  # fmt: skip
+EVENTS = {
+    "provisioning": "io.gpubroker.pod.requested.v1", "metering": "io.gpubroker.pod.running.v1",
+    "reconcile": "dev.knative.sources.ping", "catalog": "dev.knative.sources.ping", "deadletter": "anything.at.all",
+}  # fmt: skip
+
+
+def check_call(name: str, port: int, key: str) -> None:
+    """One real call of each function."""
+    base = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=base, timeout=SECONDS, trust_env=False) as http:
+        if name in CALLS:
+            path, status = CALLS[name]
+            answer = http.get(path, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == status, answer.text
+            assert answer.headers["X-Request-Id"]
+            assert http.get(path).status_code == 401
+            head = http.head(path, headers={"Authorization": f"Bearer {key}"})
+            assert (head.status_code, head.content) == (status, b"")
+            assert http.get("/nothing").json()["code"] == "not_found"
+        else:
+            event = {
+                "ce-specversion": "1.0",
+                "ce-id": "evt_1",
+                "ce-source": "/test",
+                "ce-type": EVENTS[name],
+                "ce-subject": "pod_x",
+            }
+            answer = http.post("/", headers=event | {"content-type": "application/json"}, content=b"{}")
+            assert (answer.status_code, answer.content) == (204, b""), answer.text
+            assert http.post("/", content=b"{}").status_code == 422
+
+
+def test_there_is_a_call_for_every_function():
+    assert sorted([*CALLS, *EVENTS]) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_starts_both_ways_and_does_its_work(installation: Installation, name: str):
+    ports = (free_port(), free_port())
+    served, stock = installation.serve(name, ports[0]), installation.stock(name, ports[1])
+    try:
+        for process, port in ((served, ports[0]), (stock, ports[1])):
+            health = wait_for(process, port)
+            assert (health.status_code, health.json()) == (200, {"status": "ok"})
+            check_call(name, port, installation.key)
+        out, err = end(served, signal.SIGTERM)
+        assert (served.returncode, out) == (0, ""), err
+        assert "Traceback" not in err
+        assert installation.key not in err
+    finally:
+        logged = [end(process) for process in (served, stock) if process.poll() is None]
+    assert all("Traceback" not in err for _, err in logged), logged
+
+
+def test_a_function_without_settings_is_unhealthy_under_the_stock_framework(installation: Installation):
+    port = free_port()
+    process = Installation({}, "").stock("auth", port)
+    try:
+        health = wait_for(process, port)
+        assert (health.status_code, health.json()["code"]) == (503, "unavailable")
+        assert "DATABASE_URL" not in health.text
+    finally:
+        _, err = end(process)
+    assert "DATABASE_URL" in err
+
+
+# One line
+
+
+def one_line(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its exit code and all that it said."""
+    out, err = process.communicate(timeout=SECONDS)
+    assert out == ""
+    assert "Traceback" not in err
+    (line,) = err.splitlines()
+    assert line.startswith("gpubroker: ")
+    return process.returncode, line
+
+
+def test_a_wrong_set_up_is_one_line_and_an_exit_code(installation: Installation):
+    right = installation.variables
+    others = {"GPUBROKER_OWNER": "zzzz9999"}
+    with psycopg.connect(right["DATABASE_URL"]) as conn:
+        (database,) = conn.execute("SELECT current_database()").fetchone() or ("",)
+    cases: dict[str, tuple[str, dict[str, str], int, tuple[str, ...]]] = {
+        "nothing set": (
+            "auth",
+            dict.fromkeys(right, ""),
+            1,
+            ("DATABASE_URL", "GPUBROKER_OWNER", "GPUBROKER_SECRET_KEY"),
+        ),
+        "short secret and odd port": (
+            "auth",
+            {"GPUBROKER_SECRET_KEY": "short", "PORT": "x"},
+            1,
+            ("GPUBROKER_SECRET_KEY", "PORT"),
+        ),
+        "unknown function": ("nonsense", {}, 2, ("nonsense", "provisioning")),
+        "no url": ("auth", {"DATABASE_URL": "nonsense"}, 1, ("DATABASE_URL",)),
+        "another's database": ("auth", others, 1, ("zzzz9999", right["GPUBROKER_OWNER"])),
+        "no schema": (
+            "auth",
+            {"DATABASE_URL": right["DATABASE_URL"].replace(database, "template1")},
+            1,
+            ("gpubroker migrate",),
+        ),
+        "no such file": (
+            "auth",
+            {"GPUBROKER_SECRET_KEY": "", "GPUBROKER_SECRET_KEY_FILE": "/nonexistent/x"},
+            1,
+            ("/nonexistent/x",),
+        ),
+    }
+
+    def run(case: str) -> tuple[int, str]:
+        name, variables, _, _ = cases[case]
+        return one_line(installation.serve(name, free_port(), **variables))
+
+    with ThreadPoolExecutor(2) as threads:
+        for case, (code, line) in zip(cases, threads.map(run, cases), strict=True):
+            assert code == cases[case][2], line
+            for word in cases[case][3]:
+                assert word in line, case
+            assert SECRET_KEY not in line
+
+
+def test_a_taken_port_is_one_line(installation: Installation):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        process = installation.serve("auth", taken.getsockname()[1])
+        out, err = process.communicate(timeout=SECONDS)
+    lines = [line for line in err.splitlines() if line.startswith("gpubroker: ")]
+    assert (process.returncode, out, len(lines)) == (1, "", 1)
+    assert "port" in lines[0]
+    assert "Traceback" not in err
+
+
+def test_a_database_that_does_not_come_is_one_line(unreachable: subprocess.Popen[str]):
+    out, err = unreachable.communicate(timeout=SECONDS)
+    lines = [line for line in err.splitlines() if line.startswith("gpubroker: ")]
+    assert (unreachable.returncode, out, len(lines)) == (1, "", 1)
+    assert "database cannot be reached" in lines[0]
+    assert "Traceback" not in err
+    assert "hidden" not in err
