@@ -23,6 +23,7 @@ TWO_LOOKS: Final = timedelta(seconds=60)
 """Two answers that an instance is gone must be so far apart."""
 LONG_SILENCE: Final = timedelta(minutes=15)
 MANY_LISTINGS: Final = 3
+_AFTER_A_RUN: Final = frozenset({"stopped", "interrupted", "gone"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,9 @@ async def observe(scene: Scene, seen: base.Instance, asked_at: datetime) -> Scen
         return scene
     if seen.life == "unknown":
         return await _lose_sight(scene, seen)
+    if seen.life in _AFTER_A_RUN:
+        scene = await _note_unseen_run(scene, seen)
+        instance = scene.instance
     moment = find_moment(instance, scene.attempt, seen, scene.pod.now)
     if seen.life == "gone":
         return await _take_terminal(scene, seen, moment)
@@ -103,6 +107,20 @@ async def _change_phase(scene: Scene, seen: base.Instance, moment: datetime) -> 
     candidate = attempt.candidate
     price = {"full": attempt.price_micro_h, "storage": candidate.stopped_micro_h or 0, "none": 0}[seen.billing]
     await billing_rows.change_phase(conn, instance.id, moment, seen.billing, price, "customer")
+
+
+async def _note_unseen_run(scene: Scene, seen: base.Instance) -> Scene:
+    """What ran between two looks was not seen running, but its provider tells from when: its agent pays for that too."""
+    instance, attempt, conn = scene.instance, scene.attempt, scene.tx.conn
+    if instance.started_at is not None or seen.started_at is None:
+        return scene
+    began = max(min(attempt.at, instance.known_at), min(seen.started_at, scene.pod.now))
+    if scene.capabilities.get("bills_boot"):
+        await billing_rows.change_phase(conn, instance.id, instance.known_at, "full", attempt.price_micro_h, "operator")
+    await billing_rows.change_phase(conn, instance.id, began, "full", attempt.price_micro_h, "customer")
+    known = replace(instance, started_at=began)
+    await rows.save_instance(conn, known)
+    return replace(scene, instance=known)
 
 
 async def charge_installation(tx: store.Transaction, instance: InstanceRow, attempt: AttemptRow | None) -> None:

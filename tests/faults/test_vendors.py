@@ -787,6 +787,27 @@ async def test_the_agent_pays_from_the_first_running_that_was_seen(world: World)
     assert micro(world, "loss") == 0
 
 
+async def test_what_ran_between_two_looks_is_paid_for_by_the_times_of_its_provider(world: World) -> None:
+    await rent_from(world, Final())
+    world.provider.boots_at_once = False
+    pods = [await start_pod(world) for _ in range(2)]
+    for name in ("i-1", "i-2"):
+        world.provider.run(name)
+    await world.pass_time(seconds=30)
+    world.provider.halt("i-1", exit_code=0)
+    world.provider.end("i-2")
+    await minutes(world, 10)
+    assert {(await show(world, pod_id))["state"] for pod_id in pods} == {"stopped", "interrupted"}
+    for pod_id in pods:
+        await world.root.delete(f"/v1/pods/{pod_id}")
+    await world.tick()
+    check_all_ended(world)
+    check_bill(world)
+    storage = cost(600, 100_000)
+    assert 2 * cost(29) + storage - cost(40, 100_000) <= micro(world, "usage") <= 2 * cost(31) + storage
+    assert micro(world, "loss") == 0
+
+
 class BillsBoot(Final):
     capabilities: ClassVar[base.Capabilities] = replace(Final.capabilities, bills_boot=True)
 
