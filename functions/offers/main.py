@@ -9,15 +9,23 @@ from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import Page
 from gpubroker.resources.offers import Gpu, Offer, OfferPage, ProviderView
 from gpubroker.resources.pods import Quote
+from gpubroker.shelf import Shelf
 
 api = web.Api("offers")
+shelf = Shelf()
 
 
 @api.operation("GET", "/v1/offers", scope="offers:read", query=domain.Search, answers={200: OfferPage})
-async def search_offers(call: web.Call[Nothing, domain.Search]) -> web.Answer:
+async def search_offers(call: web.Call[Nothing, domain.Search]) -> web.Handled:
     """Search what can be rented now."""
-    async with call.transaction() as tx:
-        return web.Answer(await domain.search_offers(tx, call.query))
+    version = await call.glimpse()
+    question = call.request.url.query
+    content = shelf.find(question, version)
+    if content is None:
+        async with call.transaction() as tx:
+            content = (await domain.search_offers(tx, call.query)).model_dump_json().encode()
+        shelf.keep(question, version, content)
+    return web.show_json(content)
 
 
 @api.operation("GET", "/v1/offers/{id}", scope="offers:read", answers={200: Offer})

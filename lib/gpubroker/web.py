@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
@@ -35,6 +36,8 @@ _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gpubroker"'}
 _DEEPEST: Final = 32
+_FAILED: Final = 500
+_SLOW_SECONDS: Final = 1.0
 _ERRORS_PATH: Final = "/docs/errors.md"
 
 
@@ -89,10 +92,19 @@ class Call(Generic[B, Q]):
     async def transaction(self) -> AsyncGenerator[store.Transaction]:
         """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
         async with store.public(self.credential, self.operation.scope) as tx:
-            if not self._is_counted:
-                self._is_counted = True
-                self.headers |= (await rates.limiter.take(tx.known.org_id, tx.known.plan)).as_headers()
+            await self._count(tx.known)
             yield tx
+
+    async def glimpse(self) -> int:
+        """Authenticate alone, in one round trip. Returns the version of the offers."""
+        caller, version = await store.glimpse(self.credential, self.operation.scope)
+        await self._count(caller)
+        return version
+
+    async def _count(self, caller: store.Caller) -> None:
+        if not self._is_counted:
+            self._is_counted = True
+            self.headers |= (await rates.limiter.take(caller.org_id, caller.plan)).as_headers()
 
     async def read(self) -> None:
         """Take the request in: credential, key, query, body. What is wrong with it is only said to who may know."""
@@ -228,7 +240,10 @@ def _choose_request_id(request: Request) -> str:
 
 
 def _log_request(request: Request, status: int, request_id: str, seconds: float) -> None:
-    log.info("%s %s %d %.1fms %s", request.method, request.url.path, status, seconds * 1000, request_id)
+    level = logging.INFO if status >= _FAILED or seconds > _SLOW_SECONDS else logging.DEBUG
+    if log.isEnabledFor(level):
+        path = request.scope["path"]
+        log.log(level, "%s %s %d %.1f ms %s", request.method, path, status, seconds * 1000, request_id)
 
 
 async def _check_health(call: Call[Any, Any]) -> Answer:
@@ -302,15 +317,21 @@ def _parse_key(request: Request) -> str | None:
     return key
 
 
+@cache
+def _list_fields(model: type[Query]) -> frozenset[str]:
+    """The parameters that may be repeated."""
+    return frozenset(name for name, declared in model.model_fields.items() if "list[" in str(declared.annotation))
+
+
 def _parse_query(request: Request, model: type[Query]) -> Query:
     given: dict[str, list[str]] = {}
     for name, value in request.query_params.multi_items():
         given.setdefault(name, []).append(value)
     values: dict[str, object] = {}
     repeated: list[dict[str, object]] = []
+    lists = _list_fields(model)
     for name, texts in given.items():
-        declared = model.model_fields.get(name)
-        if declared is not None and "list[" in str(declared.annotation):
+        if name in lists:
             values[name] = texts
         elif len(texts) > 1:
             repeated.append({"pointer": f"?{name}", "message": "may be given once only"})
@@ -511,6 +532,11 @@ def render(answer: Answer) -> Response:
     else:
         content = json.dumps(answer.body, default=_as_json).encode()
     return Response(content, status_code=answer.status, headers=answer.headers, media_type="application/json")
+
+
+def show_json(content: bytes) -> Response:
+    """Answer with JSON that is written already."""
+    return Response(content, media_type="application/json")
 
 
 def show_text(content: bytes) -> Response:

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Final, LiteralString, NamedTuple
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncClientCursor, AsyncConnection
 from psycopg.rows import TupleRow, class_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -145,6 +145,38 @@ async def worker() -> AsyncGenerator[Transaction]:
     """A transaction that sees all organisations, for consumers and ticks."""
     async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER) as tx:
         yield tx
+
+
+_GLIMPSE: Final = (
+    "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan FROM authenticate(%s, %s);"
+    "SELECT version FROM offer_version"
+)
+_GLIMPSE_JWT: Final = (
+    "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan, jti, actors"
+    " FROM authenticate_token(%s, %s); SELECT version FROM offer_version"
+)
+
+
+async def glimpse(credential: Credential, scope: str | None) -> tuple[Caller, int]:
+    """Authenticate and read the version of the offers, all in one message, which is a transaction of its own.
+
+    Raises Unauthenticated or Forbidden.
+    """
+    async with _connection() as conn, AsyncClientCursor(conn) as cursor:
+        try:
+            if credential.jti is None:
+                await cursor.execute(_GLIMPSE, (credential.key_hash, scope))
+            else:
+                await cursor.execute(_GLIMPSE_JWT, (credential.jti, scope))
+        except psycopg.Error as error:
+            raise refusal(error) from None
+        cursor.nextset()
+        row = await cursor.fetchone()
+        cursor.nextset()
+        version = await cursor.fetchone()
+    if row is None or version is None:
+        raise errors.Unauthenticated
+    return Caller(*row), int(version[0])
 
 
 @asynccontextmanager

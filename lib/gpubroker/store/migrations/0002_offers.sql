@@ -86,6 +86,13 @@ CREATE TABLE offer_shape (
     PRIMARY KEY (gpu, gpu_count, vram_gb)
 );
 
+-- Moves with every refresh that ended, in its transaction: what was read under one version may be shown until the next.
+CREATE TABLE offer_version (
+    one     boolean PRIMARY KEY DEFAULT true CHECK (one),
+    version bigint NOT NULL
+);
+INSERT INTO offer_version (version) VALUES (0);
+
 CREATE TABLE offer_price (
     offer_id      text NOT NULL REFERENCES offer,
     at            timestamptz NOT NULL,
