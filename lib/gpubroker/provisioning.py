@@ -249,7 +249,7 @@ class Driver:
                 return
             failed = replace(
                 pod, state="failed", state_reason=reason, wanted="gone", wanted_at=pod.now, ends_because=because,
-                charge_until=pod.now.replace(microsecond=0) + timedelta(seconds=sightings.allowance(pod)),
+                charge_until=sightings.charge_until(pod),
                 due_at=pod.now, failures=0,
             )  # fmt: skip
             await sightings.save(tx, pod, failed)
@@ -579,10 +579,11 @@ async def expire(pod_id: str) -> bool:
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, pod_id)
         is_idle = pod.idle_at is not None and pod.idle_at <= pod.now
+        over_at = min(at for at in (pod.ends_at, pod.idle_at) if at is not None)
         if pod.wanted == "gone" or (pod.ends_at > pod.now and not is_idle):
             return False
         reason = f"idle for {pod.idle_seconds} s" if is_idle and pod.ends_at > pod.now else None
-        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), pod.ends_at, reason)
+        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), over_at, reason)
         await sightings.announce(
             tx, replace(pod, state="terminating", version=pod.version + 1, ends_because="lifetime")
         )

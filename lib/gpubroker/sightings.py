@@ -196,7 +196,7 @@ def _want_end(pod: PodRow, because: str) -> PodRow:
         wanted_at=pod.now,
         state="terminating",
         ends_because=because,
-        charge_until=pod.now.replace(microsecond=0) + timedelta(seconds=allowance(pod)),
+        charge_until=charge_until(pod),
         due_at=pod.now,
         failures=0,
     )
@@ -206,6 +206,11 @@ def allowance(pod: PodRow) -> int:
     """The longest that this pod's agent pays after its end was wanted, seconds."""
     first = pod.candidates[0] if pod.candidates else {}
     return int(first.get("capabilities", {}).get("termination_allowance_seconds", 0))
+
+
+def charge_until(pod: PodRow) -> datetime:
+    """The end of what this pod's agent pays when its end is wanted now: however late that is, its lifetime is the limit."""
+    return min(pod.now, pod.ends_at).replace(microsecond=0) + timedelta(seconds=allowance(pod))
 
 
 def _sooner(first: datetime | None, second: datetime) -> datetime:

@@ -895,6 +895,17 @@ async def test_ticks_that_come_an_hour_late_cost_the_agent_nothing_beyond_its_li
     assert cost(3585) <= micro(world, "loss") <= cost(3592)
 
 
+async def test_a_delete_long_after_a_lifetime_that_no_tick_ended_costs_nothing_beyond_it(world: World) -> None:
+    await rent_from(world, Final())
+    pod_id = await start_pod(world, max_lifetime_seconds=600)
+    await world.pass_time(days=3)
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await world.tick()
+    check_all_ended(world)
+    check_bill(world)
+    assert micro(world, "usage") in (cost(609), cost(610))
+
+
 async def test_spend_stays_under_every_cap_whatever_is_late(world: World) -> None:
     await rent_from(world, Simulated())
     world.query("UPDATE budget SET limit_micro = 3000000")

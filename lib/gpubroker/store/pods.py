@@ -277,7 +277,7 @@ _WANT_GONE: Final = """
 UPDATE pod
    SET wanted = 'gone', wanted_at = instant(), state = 'terminating', state_reason = %(reason)s, version = version + 1,
        ends_because = %(because)s, due_at = instant(), failures = 0,
-       charge_until = date_trunc('second', least(instant(), %(until)s::timestamptz))
+       charge_until = date_trunc('second', least(instant(), ends_at, %(until)s::timestamptz))
                       + %(allowance)s * interval '1 second'
  WHERE id = %(id)s AND wanted <> 'gone'"""
 
