@@ -12,7 +12,7 @@ _PAGES: Final = 512
 
 
 class _Page(NamedTuple):
-    version: int
+    version: str
     until: float
     content: bytes
 
@@ -23,14 +23,14 @@ class Shelf:
     def __init__(self) -> None:
         self._pages: dict[str, _Page] = {}
 
-    def find(self, question: str, version: int) -> bytes | None:
+    def find(self, question: str, version: str) -> bytes | None:
         """The page of this question, if it is still what the database would answer."""
         page = self._pages.get(question)
         if page is None or page.version != version or page.until < time.monotonic():
             return None
         return page.content
 
-    def keep(self, question: str, version: int, content: bytes) -> None:
+    def keep(self, question: str, version: str, content: bytes) -> None:
         """Keep a page that was read after this version was."""
         if len(self._pages) >= _PAGES:
             self._pages.pop(next(iter(self._pages)))

@@ -95,7 +95,7 @@ class Call(Generic[B, Q]):
             await self._count(tx.known)
             yield tx
 
-    async def glimpse(self) -> int:
+    async def glimpse(self) -> str:
         """Authenticate alone, in one round trip. Returns the version of the offers."""
         caller, version = await store.glimpse(self.credential, self.operation.scope)
         await self._count(caller)

@@ -149,15 +149,15 @@ async def worker() -> AsyncGenerator[Transaction]:
 
 _GLIMPSE: Final = (
     "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan FROM authenticate(%s, %s);"
-    "SELECT version FROM offer_version"
+    "SELECT offers_version()"
 )
 _GLIMPSE_JWT: Final = (
     "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan, jti, actors"
-    " FROM authenticate_token(%s, %s); SELECT version FROM offer_version"
+    " FROM authenticate_token(%s, %s); SELECT offers_version()"
 )
 
 
-async def glimpse(credential: Credential, scope: str | None) -> tuple[Caller, int]:
+async def glimpse(credential: Credential, scope: str | None) -> tuple[Caller, str]:
     """Authenticate and read the version of the offers, all in one message, which is a transaction of its own.
 
     Raises Unauthenticated or Forbidden.
@@ -176,7 +176,7 @@ async def glimpse(credential: Credential, scope: str | None) -> tuple[Caller, in
         version = await cursor.fetchone()
     if row is None or version is None:
         raise errors.Unauthenticated
-    return Caller(*row), int(version[0])
+    return Caller(*row), str(version[0])
 
 
 @asynccontextmanager

@@ -173,7 +173,6 @@ async def end_refresh(
 async def trust_account(conn: Connection, account_id: str, began_at: datetime) -> None:
     """The account's offers are those of a complete refresh that began then."""
     await conn.execute(_TRUST, (began_at, account_id))
-    await conn.execute("UPDATE offer_version SET version = version + 1")
 
 
 async def doubt_account(conn: Connection, account_id: str, error: str) -> bool:

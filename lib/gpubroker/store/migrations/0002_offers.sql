@@ -13,6 +13,7 @@ CREATE TABLE provider_account (
     last_error      text,
     unhealthy_since timestamptz,
     listing_until   timestamptz,      -- a sweep of this account is under way until then
+    version         bigint NOT NULL DEFAULT 1,
     UNIQUE (provider, identity)
 );
 
@@ -86,12 +87,28 @@ CREATE TABLE offer_shape (
     PRIMARY KEY (gpu, gpu_count, vram_gb)
 );
 
--- Moves with every refresh that ended, in its transaction: what was read under one version may be shown until the next.
-CREATE TABLE offer_version (
-    one     boolean PRIMARY KEY DEFAULT true CHECK (one),
-    version bigint NOT NULL
-);
-INSERT INTO offer_version (version) VALUES (0);
+-- An account's version moves with every change of it or of its offers, in the same transaction: what was read under one sum
+-- of versions may be shown until the next.
+CREATE FUNCTION move_version() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.version := OLD.version + 1;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER version BEFORE UPDATE ON provider_account FOR EACH ROW EXECUTE FUNCTION move_version();
+
+CREATE FUNCTION offers_version() RETURNS text LANGUAGE sql STABLE AS $$
+    SELECT d.oid || '.' || (SELECT coalesce(sum(version), 0) FROM provider_account)
+      FROM pg_database d WHERE d.datname = current_database()
+$$;
+
+CREATE FUNCTION touch_accounts() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE provider_account SET version = version WHERE id IN (SELECT account_id FROM changed);
+    RETURN NULL;
+END $$;
+CREATE TRIGGER inserted AFTER INSERT ON offer REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION touch_accounts();
+CREATE TRIGGER updated AFTER UPDATE ON offer REFERENCING NEW TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION touch_accounts();
+CREATE TRIGGER deleted AFTER DELETE ON offer REFERENCING OLD TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION touch_accounts();
 
 CREATE TABLE offer_price (
     offer_id      text NOT NULL REFERENCES offer,

@@ -15,7 +15,7 @@ REVOKE UPDATE, DELETE ON ledger, usage_interval FROM gpubroker_worker;
 REVOKE INSERT, UPDATE, DELETE ON installation, migration FROM gpubroker_worker;
 GRANT SELECT ON migration TO gpubroker_public;
 
-GRANT SELECT ON installation, org, agent, agent_path, key, signing_key, token, idempotency, provider_account, refresh, offer, offer_shape, offer_version,
+GRANT SELECT ON installation, org, agent, agent_path, key, signing_key, token, idempotency, provider_account, refresh, offer, offer_shape,
     offer_price, quote, pod, pod_label, pod_log, attempt, instance, budget, hold, hold_budget, phase, usage_interval, ledger,
     month_closed, event, delivery TO gpubroker_public;
 GRANT INSERT ON agent, agent_path, key, token, idempotency, quote, pod, pod_label, pod_log, budget, event, delivery, signing_key
