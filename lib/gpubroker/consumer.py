@@ -5,7 +5,6 @@ a bad gateway and delivered again); 422 for what is malformed (dead letter); 503
 Knative retries those.
 """
 
-import json
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -19,11 +18,12 @@ from starlette.types import Receive, Scope, Send
 from gpubroker import errors, outbox, store
 from gpubroker.events import BY_TYPE, TICK
 from gpubroker.times import parse_time
-from gpubroker.web import Served, read_body
+from gpubroker.web import Served, parse_json, read_body
 
 log = logging.getLogger("gpubroker.consumer")
 
 _NAME: Final = re.compile(r"[a-z0-9]{1,20}")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _STRUCTURED: Final = "application/cloudevents+json"
 _CORE: Final = frozenset({"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema"})
 
@@ -131,14 +131,14 @@ def _decode_structured(raw: bytes) -> Incoming:
         msg = "data_base64 is not JSON"
         raise MalformedEvent(msg)
     data = members.pop("data", None)
-    return _check(members, data)
+    return _check({name: value for name, value in members.items() if value is not None}, data)
 
 
 def _load(raw: bytes) -> object:
     try:
-        return cast("object", json.loads(raw))
-    except (ValueError, RecursionError):
-        msg = "the data is not JSON"
+        return parse_json(raw)
+    except errors.Problem as error:
+        msg = f"the data is not JSON as it is taken here: {error}"
         raise MalformedEvent(msg) from None
 
 
@@ -161,10 +161,10 @@ def _check(attributes: dict[str, object], data: object) -> Incoming:
         except ValueError as error:
             msg = f"time {error}"
             raise MalformedEvent(msg) from None
-    wrong = [name for name in attributes if not _NAME.fullmatch(name)]
-    if wrong:
-        msg = f"{wrong[0]!r} is no attribute name"
-        raise MalformedEvent(msg)
+    for name, value in attributes.items():
+        if not _NAME.fullmatch(name) or (isinstance(value, str) and _CONTROL.search(value)):
+            msg = f"{name!r} is no attribute name, or holds a control character"
+            raise MalformedEvent(msg)
     return Incoming(
         id=cast("str", attributes["id"]),
         type=cast("str", attributes["type"]),

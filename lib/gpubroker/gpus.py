@@ -88,7 +88,7 @@ _NOISE: Final = re.compile(
 )
 _COUNT: Final = re.compile(r"^\s*\d{1,2}\s*x\s+|\b(?:\d{1,2}x|x\d{1,2})\b")
 _TAIL: Final = re.compile(
-    r"(?:(?P<form>sxm|pcie|nvl|nvlink)\d?(?:x\d{1,2})?|(?P<vram>\d{1,3})gb?|hbm\d?e?|gddr\d?x?|ib|generation|edition)"
+    r"(?:(?P<form>sxm|pcie|nvlink|nvl)(?:[2-7](?!\dgb?))?(?:x\d{1,2})?|(?P<vram>\d{1,3})gb?|hbm\d?e?|gddr\d?x?|ib|generation|edition)"
 )
 _LARGEST_GB: Final = 300  # more is the memory of the host: GH200_480GB
 _FORMS: Final = {"sxm": "SXM", "pcie": "PCIe", "nvl": "NVL", "nvlink": "SXM"}

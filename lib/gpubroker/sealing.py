@@ -42,7 +42,7 @@ def unseal(label: str, bound_to: str, sealed: bytes) -> bytes:
 
     try:
         return AESGCM(_key(label)).decrypt(sealed[:_NONCE], sealed[_NONCE:], bound_to.encode())
-    except InvalidTag:
+    except (InvalidTag, ValueError):  # ValueError: it is too short to be anything
         msg = f"what was sealed for {bound_to} does not open with this GPUBROKER_SECRET_KEY"
         raise SealBroken(msg) from None
 
