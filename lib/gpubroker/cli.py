@@ -10,13 +10,17 @@ _INTERRUPTED: Final = 130
 _SERVE: Final = re.compile(r"serve [a-z]+( --port [0-9]{1,5}| --host [0-9A-Za-z.:]+)*")
 
 
+class _Context(Protocol):
+    command_path: str
+
+
 class _Failure(Protocol):
-    """A wrong command line: 2 is its exit code, others are 1."""
+    """A wrong command line: 2 is its exit code, others are 1. Without a message the help was printed."""
 
     exit_code: int
 
-    def show(self) -> None:
-        """Print what is wrong to stderr."""
+    def format_message(self) -> str:
+        """Say what is wrong."""
         ...
 
 
@@ -32,6 +36,15 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has gone
         code = 0
     sys.exit(code)
+
+
+def _tell(failure: _Failure) -> int:
+    message = failure.format_message().replace("Value error, ", "")
+    context: _Context | None = getattr(failure, "ctx", None)
+    if message:
+        print(f"gpubroker: {message}", file=sys.stderr)
+        print(f"see '{context.command_path if context else 'gpubroker'} --help'", file=sys.stderr)
+    return failure.exit_code
 
 
 def _serve(arguments: list[str]) -> int:
@@ -58,7 +71,5 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         if not isinstance(error, failures):
             raise
-        failure = cast("_Failure", error)
-        failure.show()
-        return failure.exit_code
+        return _tell(cast("_Failure", error))
     return returned if isinstance(returned, int) else 0

@@ -18,6 +18,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
+from datetime import datetime
 from types import TracebackType
 from typing import Concatenate, Final, Literal, ParamSpec, Self, TypeVar, cast
 from urllib.parse import quote
@@ -271,11 +272,10 @@ class AsyncClient:
         """The last lines of a pod's log: `tail`, `since`."""
         return (await self._connection.send("GET", f"/v1/logs/{_segment(pod_id)}", query=query, repeatable=True)).text
 
-    async def follow_log(self, pod_id: str, *, tail: int = 200) -> AsyncGenerator[str]:
+    async def follow_log(self, pod_id: str, *, tail: int = 200, since: datetime | None = None) -> AsyncGenerator[str]:
         """A pod's log, line by line, until its program has ended. A stream that ends or breaks is resumed where it was."""
-        async with aclosing(
-            self._connection.follow(f"/v1/logs/{_segment(pod_id)}", {"follow": True, "tail": tail})
-        ) as lines:
+        query = {"follow": True, "tail": tail, "since": since}
+        async with aclosing(self._connection.follow(f"/v1/logs/{_segment(pod_id)}", query)) as lines:
             async for line in lines:
                 yield line
 

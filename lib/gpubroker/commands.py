@@ -1,4 +1,4 @@
-"""The commands for operators. Each prints what it did; with `--json` one JSON document, for programs."""
+"""All commands, and those for operators. Each prints what it did; with `--json` one JSON document, for programs."""
 
 import json
 import os
@@ -8,9 +8,10 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from gpubroker import config
+from gpubroker import account_commands, agent_commands, config
 from gpubroker.errors import SetupError
-from gpubroker.money import format_usd, parse_usd
+from gpubroker.money import format_usd
+from gpubroker.options import AsJson, Period, read_usd
 
 app: Final = typer.Typer(
     help="A GPU broker that AI agents call as a tool.",
@@ -20,19 +21,13 @@ app: Final = typer.Typer(
 )
 manifests_app: Final = typer.Typer(help="Manifests that are made from the code.", no_args_is_help=True)
 catalog_app: Final = typer.Typer(help="Offers of the providers.", no_args_is_help=True)
+app.add_typer(agent_commands.app)
+app.add_typer(account_commands.app)
 app.add_typer(manifests_app, name="manifests")
 app.add_typer(catalog_app, name="catalog")
 
 Data = Annotated[Path, typer.Option("--data", help="The folder of `gpubroker dev`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_DATA: Final = Path(".gpubroker")
-
-
-def _read_usd(text: str) -> int:
-    try:
-        return parse_usd(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()
@@ -40,7 +35,7 @@ def bootstrap(
     data: Data = DEFAULT_DATA,
     org: Annotated[str, typer.Option(help="The organisation's name.")] = "default",
     budget_usd: Annotated[str, typer.Option(metavar="USD", help="What it may spend in a period.")] = "100",
-    period: Annotated[Literal["total", "day", "month"], typer.Option(help="The budget's period.")] = "total",
+    period: Annotated[Period, typer.Option(help="The budget's period.")] = "total",
     plan: Annotated[Literal["free", "pro", "enterprise"], typer.Option(help="Its rate limits.")] = "enterprise",
     new_key: Annotated[bool, typer.Option("--new-key", help="Issue a further key.")] = False,
     as_json: AsJson = False,
@@ -48,7 +43,7 @@ def bootstrap(
     """Make an organisation with its root agent, a budget and a first key; again it changes nothing."""
     from gpubroker import accounts
 
-    limit = _read_usd(budget_usd)
+    limit = read_usd(budget_usd)
     made = accounts.bootstrap(_find_database(data), org, limit, period, plan, new_key=new_key)
     if as_json:
         shown = {
