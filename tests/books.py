@@ -1,6 +1,7 @@
 """The money tables as a test writes them: agents, pods, instances and phases as rows, and a clock that stands still."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,17 @@ def bounded(examples: int, steps: int = 50) -> settings:
     )
 
 
+@contextmanager
+def cloned(postgres_url: str, template: str) -> Iterator[str]:
+    """A database for the tests of one module, which each clear it: emptying tables costs a tenth of a copy."""
+    name = new_id("req").replace("req_", "gb_books_")
+    url = re.sub(r"(://[^/]+/)[^?]*", rf"\g<1>{name}", postgres_url)
+    with psycopg.connect(postgres_url, autocommit=True) as conn:
+        conn.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield url
+        conn.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 class Books:
     """An organisation's money, by SQL alone."""
 
@@ -64,6 +76,11 @@ class Books:
         (row,) = self.query(sql, *parameters)
         (value,) = row.values()
         return value
+
+    def clear(self) -> None:
+        """Leave nothing of this test but the schema."""
+        with self.conn:
+            self.conn.execute("TRUNCATE org, provider_account, event, month_closed, tick RESTART IDENTITY CASCADE")
 
     @contextmanager
     def role(self, name: str, org_id: str | None = None) -> Iterator[psycopg.Connection[dict[str, Any]]]:

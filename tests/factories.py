@@ -180,7 +180,8 @@ class World:
     def check_money(self) -> None:
         """What must be true of the money at every moment."""
         over = self.query(
-            "SELECT agent_id, committed_micro, limit_micro FROM budget WHERE limit_micro IS NOT NULL AND committed_micro > limit_micro"
+            """SELECT agent_id, committed_micro, limit_micro FROM budget
+               WHERE limit_micro IS NOT NULL AND committed_micro > limit_micro"""
         )
         assert not over, f"over the limit: {over}"
         wrong = self.query(
@@ -192,7 +193,8 @@ class World:
         )
         assert not wrong, f"committed is not what holds say: {wrong}"
         unequal = self.query(
-            """SELECT h.id, h.drawn_micro, coalesce(sum(l.amount_micro), 0) AS posted FROM hold h LEFT JOIN ledger l ON l.hold_id = h.id
+            """SELECT h.id, h.drawn_micro, coalesce(sum(l.amount_micro), 0) AS posted
+               FROM hold h LEFT JOIN ledger l ON l.hold_id = h.id
                GROUP BY h.id HAVING h.drawn_micro <> coalesce(sum(l.amount_micro), 0)"""
         )
         assert not unequal, f"drawn is not what the ledger says: {unequal}"

@@ -5,13 +5,14 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import httpx
 import psycopg
 import pytest
-from tests.books import NOON, Books
+from tests.books import NOON, Books, cloned
 from tests.factories import Client, World, app_of
 
 from gpubroker import accounts
@@ -19,12 +20,18 @@ from gpubroker.ids import new_id
 from gpubroker.money import format_usd
 
 
+@pytest.fixture(scope="module")
+def books_url(postgres_url: str, template: str) -> Iterator[str]:
+    with cloned(postgres_url, template) as url:
+        yield url
+
+
 @pytest.fixture
-def books(database_url: str):
-    made = Books(database_url)
+def books(books_url: str) -> Iterator[Books]:
+    made = Books(books_url)
     made.freeze()
     yield made
-    made.conn.close()
+    made.clear()
 
 
 def refused_by(books: Books, pod_id: str, amount: int, cause: str = "create") -> str:

@@ -4,6 +4,7 @@ import itertools
 import random
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 
@@ -18,16 +19,22 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tests.books import NOON, PRICE, Books, after, bounded
+from tests.books import NOON, PRICE, Books, after, bounded, cloned
+
+
+@pytest.fixture(scope="module")
+def books_url(postgres_url: str, template: str) -> Iterator[str]:
+    with cloned(postgres_url, template) as url:
+        yield url
 
 
 @pytest.fixture
-def books(database_url: str):
-    made = Books(database_url)
+def books(books_url: str) -> Iterator[Books]:
+    made = Books(books_url)
     made.freeze()
     made.tree(10**12)
     yield made
-    made.conn.close()
+    made.clear()
 
 
 def floor(price: int, seconds: float) -> int:
@@ -655,6 +662,6 @@ class Heart(RuleBasedStateMachine):
         self.books.check()
 
 
-def test_any_sequence_of_events_leaves_the_sums_of_the_model(database_url: str):
-    Heart.url = database_url
-    run_state_machine_as_test(Heart, settings=bounded(25, steps=40))
+def test_any_sequence_of_events_leaves_the_sums_of_the_model(books: Books):
+    Heart.url = books.url
+    run_state_machine_as_test(Heart, settings=bounded(40, steps=40))

@@ -1,7 +1,6 @@
 """An agent's session through all layers: request, drive, act, bill."""
 
 import pytest
-
 from tests.factories import World
 
 pytestmark = pytest.mark.anyio
@@ -49,7 +48,9 @@ async def test_stop_keeps_the_disk_and_bills_storage(world: World) -> None:
     await agent.delete(path)
     await world.drive_due()
     rows = (await agent.get("/v1/usage/records"))["items"]
-    by_billing = {billing: sum(r["seconds"] for r in rows if r["billing"] == billing) for billing in ("full", "storage")}
+    by_billing = {
+        billing: sum(r["seconds"] for r in rows if r["billing"] == billing) for billing in ("full", "storage")
+    }
     assert by_billing["full"] in (1199, 1200, 1201)
     assert by_billing["storage"] in (1799, 1800, 1801)
     world.check_money()

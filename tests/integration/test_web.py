@@ -1,6 +1,7 @@
 """The conventions of every call: problem documents, request ids, what a body may be, and who is told what."""
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import AsyncIterator
@@ -122,22 +123,9 @@ async def test_every_path_refuses_other_methods_with_allow(world: World):
             assert allowed == methods | ({"HEAD"} if "GET" in methods else set()), path
 
 
-@pytest.mark.parametrize("function", PUBLIC)
-async def test_paths_that_do_not_exist_are_404(world: World, function: str):
-    for path in (
-        "/",
-        "/v1",
-        "/v1/nothing",
-        "/v2/pods",
-        "/V1/PODS",
-        "/v1/pods/",
-        "/v1//pods",
-        "/healthz/",
-        "/v1/pods/x/y/z",
-        "/%00",
-        "/v1/../x",
-        "/é",
-    ):
+async def test_paths_that_do_not_exist_are_404(world: World):
+    odd = ("/", "/v1", "/v1/nothing", "/v2/pods", "/V1/PODS", "/v1/pods/", "/v1//pods", "/healthz/", "/v1/pods/x/y/z")
+    for function, path in itertools.product(PUBLIC, (*odd, "/%00", "/v1/../x", "/é")):
         check_problem(await world_call(function, "GET", path), 404, "not_found")
 
 
@@ -318,27 +306,26 @@ async def test_money_in_an_answer_is_always_a_string_with_six_places(world: Worl
 # When things are away
 
 
-@pytest.mark.parametrize("name", ["auth", "pods", "provisioning", "reconcile"])
 async def test_without_the_database_healthz_and_calls_are_503_and_come_back(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+    world: World, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(store, "_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(store, "_WAIT_SECONDS", 0.2)
     before = config.settings()
     await store.close()
     config.use(config.with_variables(before, DATABASE_URL=f"postgresql://nobody@127.0.0.1:{free_port()}/none"))
     try:
-        health = await world_call(name, "GET", "/healthz")
-        assert health.status_code == 503
-        if name in PUBLIC:
-            assert int(health.headers["Retry-After"]) >= 1
-            assert check_problem(health, 503, "unavailable")["retryable"] is True
-            path = {"auth": "/v1/whoami", "pods": "/v1/pods"}[name]
-            check_problem(await world.root.call("GET", path), 503, "unavailable")
-            check_problem(await world_call(name, "GET", path), 401, "unauthenticated")
+        for name, path in (("auth", "/v1/whoami"), ("pods", "/v1/pods"), ("provisioning", None), ("reconcile", None)):
+            health = await world_call(name, "GET", "/healthz")
+            assert health.status_code == 503
+            if path is not None:
+                assert int(health.headers["Retry-After"]) >= 1
+                assert check_problem(health, 503, "unavailable")["retryable"] is True
+                check_problem(await world.root.call("GET", path), 503, "unavailable")
+                check_problem(await world_call(name, "GET", path), 401, "unauthenticated")
     finally:
         await store.close()
         config.use(before)
-    assert (await world_call(name, "GET", "/healthz")).status_code == 200
+    assert (await world_call("auth", "GET", "/healthz")).status_code == 200
 
 
 async def test_a_connection_that_the_server_ended_is_no_error_of_the_next_caller(world: World):

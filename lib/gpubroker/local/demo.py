@@ -80,7 +80,9 @@ def _play(url: str, first: Mapping[str, Any]) -> None:
         _expect(done.exit_code == 0, "the command ended well")
         _say("4. A second pod is asked for with a life of ten seconds; meanwhile the first is stopped and started")
         second = agent.create_pod(
-            {"name": "short", "command": ["sleep", "600"], "requirements": {}, "max_lifetime_seconds": 10}, wait=20, until="running"
+            {"name": "short", "command": ["sleep", "600"], "requirements": {}, "max_lifetime_seconds": 10},
+            wait=20,
+            until="running",
         )
         agent.stop_pod(pod.id, wait=20)
         time.sleep(2)
@@ -117,7 +119,18 @@ def _expect(is_so: bool, what: str) -> None:  # noqa: FBT001 - reads as an asser
 @contextlib.contextmanager
 def _broker(folder: Path) -> Generator[str]:
     """`gpubroker dev` on a free port with a folder of its own, ended with its pods."""
-    command = [sys.executable, "-m", "gpubroker", "dev", "--data", str(folder / "data"), "--port", "0", "--json", "--end-pods"]
+    command = [
+        sys.executable,
+        "-m",
+        "gpubroker",
+        "dev",
+        "--data",
+        str(folder / "data"),
+        "--port",
+        "0",
+        "--json",
+        "--end-pods",
+    ]
     with (folder / "dev.log").open("w+", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, env=ENVIRONMENT)
         try:
