@@ -79,9 +79,9 @@ async def show_pod(call: Action) -> web.Answer:
 @api.operation("GET", "/v1/pods/{id}/events", scope="pods:read", query=paging.Paged, answers={200: Page[PodEvent]})
 async def list_events(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
     """Show a pod's history: every state, attempt and charge, with times and causes."""
-    after = paging.read_cursor(call.query.cursor, str)
+    after = paging.read_cursor(call.query.cursor, int, str)
     async with call.transaction() as tx:
-        page = await domain.list_events(tx, call.path("id"), after[0] if after else None, call.query.limit)
+        page = await domain.list_events(tx, call.path("id"), (after[0], after[1]) if after else None, call.query.limit)
     return web.Answer(page)
 
 

@@ -23,7 +23,7 @@ from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import pods as rows
 from gpubroker.store.offers import Candidate
-from gpubroker.times import parse_time
+from gpubroker.times import count_micros, parse_time
 
 Opener = Callable[[], AbstractAsyncContextManager[store.Transaction]]
 """Opens a transaction of the caller, authenticated anew."""
@@ -381,11 +381,12 @@ def _is_reached(pod: rows.PodView, until: str, version: int, *, gone: bool) -> b
     return is_settled(pod)
 
 
-async def list_events(tx: store.Transaction, pod_id: str, after: str | None, limit: int) -> Page[PodEvent]:
+async def list_events(tx: store.Transaction, pod_id: str, after: tuple[int, str] | None, limit: int) -> Page[PodEvent]:
     """A pod's history in the order in which it happened: every state, attempt and charge. Raises NotFound."""
     await find_view(tx, pod_id)
     found = await event_rows.list_history(tx.conn, pod_id, after, limit + 1)
-    cursor = paging.write_cursor(found[limit - 1].id) if len(found) > limit else None
+    last = found[limit - 1] if len(found) > limit else None
+    cursor = paging.write_cursor(count_micros(last.at), last.id) if last else None
     return Page[PodEvent](items=found[:limit], next_cursor=cursor)
 
 

@@ -1,9 +1,12 @@
 """Times are aware UTC. Outside they are RFC 3339 with `Z`; billing instants come from PostgreSQL's `instant()` alone."""
 
-from datetime import UTC, datetime
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final
 
 from pydantic import PlainSerializer, WithJsonSchema
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def now() -> datetime:
@@ -31,6 +34,11 @@ def parse_time(text: str) -> datetime:
     except OverflowError:
         msg = "is out of range"
         raise ValueError(msg) from None
+
+
+def count_micros(moment: datetime) -> int:
+    """Microseconds from 1970 to a moment, exact."""
+    return (moment - _EPOCH) // _MICROSECOND
 
 
 Moment = Annotated[

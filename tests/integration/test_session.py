@@ -1,5 +1,9 @@
 """An agent's session through all layers: request, drive, act, bill."""
 
+import json
+import re
+from decimal import Decimal
+
 import pytest
 from tests.factories import World
 
@@ -63,3 +67,32 @@ async def test_a_vendor_needs_more_evidence_that_an_instance_is_gone(world: Worl
     assert (await world.root.get(f"/v1/pods/{pod['id']}"))["state"] == "terminating"
     await world.end(pod["id"])
     world.check_money()
+
+
+async def test_the_history_tells_every_state_attempt_and_charge_in_order(world: World) -> None:
+    await world.use_final()
+    agent = await world.root.child(budget={"limit_usd": "10"})
+    pod = await world.run(agent)
+    await world.pass_time(minutes=10)
+    await agent.delete(f"/v1/pods/{pod['id']}")
+    await world.drive_due()
+    found = (await agent.get(f"/v1/pods/{pod['id']}/events"))["items"]
+    told = [event["what"] for event in found if event["kind"] != "charge"]
+    assert told == [
+        "pod.requested",
+        "attempt.created",
+        "pod.creating",
+        "pod.running",
+        "pod.terminating",
+        "pod.terminated",
+    ]
+    charged = sum(Decimal(event["data"]["amount_usd"]) for event in found if event["kind"] == "charge")
+    assert charged == Decimal((await agent.get(f"/v1/pods/{pod['id']}"))["spent_usd"]) > 0
+    moments = [value for event in found for value in re.findall(r'"(\d{4}-\d\d-\d\dT[^"]*)"', json.dumps(event))]
+    assert all(moment.endswith("Z") for moment in moments)
+    assert [event["at"] for event in found] == sorted(event["at"] for event in found)
+    paged, cursor = [], ""
+    while cursor is not None:
+        page = await agent.get(f"/v1/pods/{pod['id']}/events?limit=2" + (f"&cursor={cursor}" if cursor else ""))
+        paged, cursor = paged + page["items"], page["next_cursor"]
+    assert paged == found

@@ -117,21 +117,35 @@ async def prune(tx: Transaction) -> None:
         await tx.conn.execute(statement)
 
 
+# Charges are the intervals themselves, and what `settle` topped up: the event usage.recorded only tells of sums.
 _HISTORY: Final = """
 SELECT id, kind, what, at, data FROM (
-    SELECT e.id, CASE e.type WHEN 'io.gpubroker.usage.recorded.v1' THEN 'charge' ELSE 'state' END AS kind,
-           regexp_replace(e.type, '^io[.]gpubroker[.]|[.]v1$', '', 'g') AS what, e.at, e.data
-      FROM event e WHERE e.subject = %(pod)s
+    SELECT e.id, 'state' AS kind, regexp_replace(e.type, '^io[.]gpubroker[.]|[.]v1$', '', 'g') AS what, e.at, e.data
+      FROM event e WHERE e.subject = %(pod)s AND e.type <> 'io.gpubroker.usage.recorded.v1'
     UNION ALL
     SELECT a.id, 'attempt', 'attempt.' || a.state, a.at,
-           jsonb_build_object('provider', a.provider, 'offer_id', a.offer_id, 'n', a.n, 'code', a.code, 'settled_at', a.settled_at)
+           jsonb_build_object('provider', a.provider, 'offer_id', a.offer_id, 'n', a.n, 'code', a.code, 'settled_at',
+                              to_char(a.settled_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'))
       FROM attempt a WHERE a.pod_id = %(pod)s
+    UNION ALL
+    SELECT u.id, 'charge', 'charge.usage', upper(u.during),
+           jsonb_build_object('instance_id', u.instance_id, 'billing', f.billing,
+                              'seconds', extract(epoch FROM upper(u.during) - lower(u.during))::bigint,
+                              'amount_usd', (u.charged_micro / 1000000.0)::numeric(20, 6)::text)
+      FROM usage_interval u JOIN phase f ON (f.instance_id, f.seq) = (u.instance_id, u.phase_seq)
+     WHERE u.pod_id = %(pod)s AND u.payer = 'customer'
+    UNION ALL
+    SELECT l.source, 'charge', 'charge.minimum', l.at,
+           jsonb_build_object('instance_id', l.instance_id, 'amount_usd', (l.amount_micro / 1000000.0)::numeric(20, 6)::text)
+      FROM ledger l WHERE l.pod_id = %(pod)s AND l.account = 'minimum'
 ) h
- WHERE %(after)s::text IS NULL OR substr(id, 5) > substr(%(after)s, 5) ORDER BY substr(id, 5) LIMIT %(limit)s"""
+ WHERE %(at)s::numeric IS NULL OR (extract(epoch FROM at) * 1000000, id COLLATE "C") > (%(at)s::numeric, %(id)s::text)
+ ORDER BY at, id COLLATE "C" LIMIT %(limit)s"""
 
 
-async def list_history(conn: Connection, pod_id: str, after: str | None, limit: int) -> list[PodEvent]:
-    """What happened to a pod, in order: ids sort by the time they were made, whatever they are of."""
+async def list_history(conn: Connection, pod_id: str, after: tuple[int, str] | None, limit: int) -> list[PodEvent]:
+    """What happened to a pod, in the order of its time. `after` is a moment, in microseconds of the epoch, and an id."""
+    at, last = after or (None, None)
     cursor = conn.cursor(row_factory=class_row(PodEvent))
-    await cursor.execute(_HISTORY, {"pod": pod_id, "after": after, "limit": limit})
+    await cursor.execute(_HISTORY, {"pod": pod_id, "at": at, "id": last, "limit": limit})
     return await cursor.fetchall()
