@@ -41,6 +41,8 @@ lock: $(VENV)/uv.stamp ## resolve the dependencies anew
 		--extra local --extra build pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade -c requirements.lock \
 		--extra local --extra build --extra test pyproject.toml -o requirements-test.lock
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade -c requirements-test.lock \
+		--extra kubernetes pyproject.toml -o requirements-image.lock
 
 clean: ## remove what was installed (not .gpubroker: that is your data)
 	rm -rf $(VENV) dist

@@ -12,7 +12,7 @@ from typing import Final
 
 import psycopg
 
-from gpubroker import budgets, errors, keys, outbox, store
+from gpubroker import budgets, config, errors, keys, outbox, store
 from gpubroker.events import AgentData
 from gpubroker.ids import new_id
 from gpubroker.resources import SCOPES
@@ -52,12 +52,12 @@ class Bootstrap:
     scopes: list[str]
 
 
-def install(database_url: str) -> str:
-    """Make the installation's owner if the database has none, and say whose it is.
+def install(database_url: str, owner: str | None = None) -> str:
+    """Make the installation's owner if the database has none, this or a random one, and say whose it is.
 
     The owner is in the reference of every instance that is ever made: the sweep touches no other.
     """
-    owner = "".join(secrets.choice(_OWNER_ALPHABET) for _ in range(_OWNER_LENGTH))
+    owner = owner or "".join(secrets.choice(_OWNER_ALPHABET) for _ in range(_OWNER_LENGTH))
     with migrations.connect(database_url) as conn:
         try:
             return rows.install(conn, owner)
@@ -72,7 +72,7 @@ def bootstrap(
 
     The first organisation's key has `admin`. With `new_key`, an organisation that is there gets a further key.
     """
-    owner = install(database_url)
+    owner = install(database_url, config.settings().owner)
     with migrations.connect(database_url) as conn, conn.transaction():
         first = rows.is_first_org(conn)
         root = rows.find_root(conn, org_name)

@@ -81,13 +81,16 @@ def _find_database(data: Path) -> str:
 
 @app.command()
 def migrate() -> None:
-    """Bring the database's schema up to this version."""
+    """Bring the database's schema up to this version; with GPUBROKER_OWNER set, a new database becomes that owner's."""
+    from gpubroker import accounts
     from gpubroker.store import migrations
 
     settings = config.settings()
     settings.need("DATABASE_URL")
     applied = migrations.migrate(settings.database_url or "")
     print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
+    if settings.owner and (owner := accounts.install(settings.database_url or "", settings.owner)) != settings.owner:
+        raise SetupError(f"GPUBROKER_OWNER is {settings.owner}, the database belongs to {owner}")
 
 
 @app.command()

@@ -19,6 +19,10 @@ _FOLDERS: Final = ("eventing", "knative/base")
 _SECRET: Final = "gpubroker"  # noqa: S105 - the name of a Secret, not one
 _VENDORS: Final = "gpubroker-vendors"
 _BROKER: Final = "default"
+_NAMESPACE: Final = "gpubroker"
+_PART: Final = {"app.kubernetes.io/part-of": "gpubroker"}
+_BY_HAND: Final = ("namespaces", "access", "network", "jobs")
+"""What stands beside the generated Services in knative/base, written by hand."""
 _SCHEMA_ID: Final = "urn:gpubroker:schema:"
 
 Manifest = dict[str, object]
@@ -30,12 +34,14 @@ def render(folder: Path) -> dict[Path, str]:
         "eventing/broker.yaml": _write_yaml([_broker()]),
         "eventing/triggers.yaml": _write_yaml(_triggers()),
         "eventing/sources.yaml": _write_yaml(_sources()),
+        "eventing/kustomization.yaml": _write_yaml([_kustomization("broker", "triggers", "sources")]),
     }
     for event in events.EVENTS:
         files[f"eventing/schemas/{event.type}.json"] = _write_schema(event)
     for function in bundle.FUNCTIONS:
         files[f"knative/base/{function.name}.yaml"] = _write_yaml([_service(function)])
-    files["knative/base/kustomization.yaml"] = _write_yaml([_kustomization()])
+    names = [function.name for function in bundle.FUNCTIONS]
+    files["knative/base/kustomization.yaml"] = _write_yaml([_kustomization(*_BY_HAND, *names, "../../eventing")])
     return {folder / path: text for path, text in files.items()}
 
 
@@ -68,7 +74,16 @@ def _left_over(folder: Path, files: Iterable[Path]) -> list[Path]:
 
 
 def _write_yaml(documents: list[Manifest]) -> str:
-    return f"# {MARK}\n" + yaml.safe_dump_all(documents, sort_keys=False, width=120, default_flow_style=False)
+    return f"# {MARK}\n" + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=120, default_flow_style=False)
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without aliases."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write everything out."""
+        del data
+        return True
 
 
 def _write_schema(event: events.EventType) -> str:
@@ -140,7 +155,7 @@ def _sources() -> list[Manifest]:
 
 
 def _service(function: bundle.Function) -> Manifest:
-    labels = {"app.kubernetes.io/part-of": "gpubroker"}
+    labels = dict(_PART)
     if function.kind != "public":
         labels["networking.knative.dev/visibility"] = "cluster-local"
     annotations = {
@@ -150,14 +165,19 @@ def _service(function: bundle.Function) -> Manifest:
     if function.kind == "tick":
         # A tick a minute would hold it up for ever: the default window of 60 s plus 30 s of grace is longer.
         annotations["autoscaling.knative.dev/window"] = "10s"
+    reach = {"gpubroker.io/reach": "vendors" if function.vendor_credentials else "database"}
     return {
         "apiVersion": "serving.knative.dev/v1",
         "kind": "Service",
         "metadata": {"name": function.name, "labels": labels},
         "spec": {
             "template": {
-                "metadata": {"annotations": annotations},
+                "metadata": {"labels": _PART | reach, "annotations": annotations},
                 "spec": {
+                    "serviceAccountName": f"gpubroker-{function.name}" if function.vendor_credentials else "gpubroker",
+                    # Knative lets a Service give its token up, but not ask for what is the default.
+                    **({} if function.vendor_credentials else {"automountServiceAccountToken": False}),
+                    "enableServiceLinks": False,
                     "containerConcurrency": function.concurrency,
                     "timeoutSeconds": function.timeout_seconds,
                     "containers": [_container(function)],
@@ -176,13 +196,28 @@ def _container(function: bundle.Function) -> Manifest:
             _from_secret("DATABASE_URL"),
             _from_secret("REDIS_URL", optional=True),
             _from_secret("GPUBROKER_SECRET_KEY"),
-            _from_config("GPUBROKER_OWNER"),
+            _from_secret("GPUBROKER_OWNER"),
             _from_config("GPUBROKER_PUBLIC_URL", optional=True),
             _from_config("K_SINK"),
         ],
+        # It listens once the database was reached: more would make a database that is away a restart of everything.
+        "readinessProbe": {"tcpSocket": {"port": 0}},
+        "livenessProbe": {"tcpSocket": {"port": 0}, "periodSeconds": 30, "failureThreshold": 4},
+        # No limit of CPU: a start is CPU alone.
+        "resources": {"requests": {"cpu": "50m", "memory": "96Mi"}, "limits": {"memory": "512Mi"}},
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 65532,
+            "runAsGroup": 65532,
+            "readOnlyRootFilesystem": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
     }
     if function.vendor_credentials:
-        container["envFrom"] = [{"secretRef": {"name": _VENDORS, "optional": True}}]
+        vendors = {"name": _VENDORS, "optional": True}
+        container["envFrom"] = [{"configMapRef": vendors}, {"secretRef": vendors}]
     return container
 
 
@@ -199,9 +234,10 @@ def _key(name: str, *, optional: bool) -> Manifest:
     return key | {"optional": True} if optional else key
 
 
-def _kustomization() -> Manifest:
+def _kustomization(*names: str) -> Manifest:
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [f"{function.name}.yaml" for function in bundle.FUNCTIONS],
+        "namespace": _NAMESPACE,
+        "resources": [name if "/" in name else f"{name}.yaml" for name in names],
     }

@@ -97,6 +97,9 @@ async def _send(event: Event) -> bool:
     made = CloudEvent({name: value for name, value in attributes.items() if value is not None}, event.data)
     headers, body = to_binary(made)
     try:
+        token = config.settings().variable("GPUBROKER_SINK_TOKEN")  # read each time: the kubelet replaces its file
+        if token:
+            headers = {**headers, "Authorization": f"Bearer {token}"}
         answer = await _http().post(config.settings().sink_url or "", headers=headers, content=body)
     except Exception as error:  # noqa: BLE001 - whatever it was, the row is still there
         log.warning("event %s (%s) was not published: %s", event.id, event.type, type(error).__name__)

@@ -19,8 +19,9 @@ def load(path: str) -> list[dict[str, Any]]:
 
 def services() -> dict[str, dict[str, Any]]:
     (kustomization,) = load("knative/base/kustomization.yaml")
-    loaded = [document for name in kustomization["resources"] for document in load(f"knative/base/{name}")]
-    return {service["metadata"]["name"]: service for service in loaded}
+    files = [name for name in kustomization["resources"] if name.endswith(".yaml")]
+    loaded = [document for name in files for document in load(f"knative/base/{name}")]
+    return {each["metadata"]["name"]: each for each in loaded if each["apiVersion"] == "serving.knative.dev/v1"}
 
 
 def test_the_files_are_what_would_be_rendered() -> None:
@@ -78,6 +79,10 @@ def test_a_service_is_as_the_bundle_says(function: bundle.Function) -> None:
     short = annotations.get("autoscaling.knative.dev/window") == "10s"
     assert short == (function.kind == "tick"), "a tick a minute would keep it up for ever"
     assert ("envFrom" in container) == function.vendor_credentials
+    assert template["spec"].get("automountServiceAccountToken", True) == function.vendor_credentials
+    assert container["readinessProbe"]
+    assert container["livenessProbe"]
+    assert "cpu" not in container["resources"]["limits"], "a start is CPU alone"
 
 
 def test_settings_come_from_secrets_and_config_maps() -> None:
