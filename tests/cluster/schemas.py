@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.contract.test_deployment import SCHEMAS, documents  # noqa: E402 - a script, run from anywhere
+from tests.contract.test_deployment import SCHEMAS, documents
 
 
 def read(api_version: str) -> dict[str, Any]:
@@ -30,7 +30,19 @@ def convert(schema: Any) -> Any:
     kept = {
         name: convert(value)
         for name, value in schema.items()
-        if name in ("type", "items", "enum", "required", "oneOf", "anyOf", "additionalProperties", "minimum", "maximum", "pattern")
+        if name
+        in (
+            "type",
+            "items",
+            "enum",
+            "required",
+            "oneOf",
+            "anyOf",
+            "additionalProperties",
+            "minimum",
+            "maximum",
+            "pattern",
+        )
     }
     if "$ref" in schema:
         return {"$ref": f"#/definitions/{schema['$ref'].rpartition('/')[2]}"}
@@ -74,7 +86,7 @@ def main() -> None:
                     found[name] = convert(schemas[name])
                     waiting |= references(found[name])
     SCHEMAS.write_text(json.dumps(found, sort_keys=True, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-    print(f"{len(found)} schemas, {SCHEMAS.stat().st_size} bytes")
+    sys.stdout.write(f"{len(found)} schemas, {SCHEMAS.stat().st_size} bytes\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ def test_the_dockerfile_leaves_nothing_to_build_with_and_runs_as_nobody() -> Non
     assert "slim" in text
     assert "--require-hashes" in text
     assert text.count("compileall") == 2, "the application's bytecode, and the standard library's"
-    assert re.search(r"^USER (\d+):(\d+)$", last, re.MULTILINE), "a number: Kubernetes cannot tell whether a name is root"
+    assert re.search(r"^USER (\d+):(\d+)$", last, re.MULTILINE), (
+        "a number: Kubernetes cannot tell whether a name is root"
+    )
     assert not re.search(r"apt-get|pip install|gcc", last)
     taken = re.findall(r"^COPY (?!--from)(\S+) ", text, re.MULTILINE)
     ignored = (HOME / ".dockerignore").read_text().splitlines()
@@ -133,7 +135,12 @@ def test_an_overlay_builds_with_one_image_and_its_namespaces(overlay: str) -> No
         if each["metadata"].get("namespace") not in ("gpubroker", "gpubroker-pods")
     ]
     assert sorted(without) == sorted(
-        ["Namespace gpubroker", "Namespace gpubroker-pods", "ClusterRole gpubroker-offers", "ClusterRoleBinding gpubroker-offers"]
+        [
+            "Namespace gpubroker",
+            "Namespace gpubroker-pods",
+            "ClusterRole gpubroker-offers",
+            "ClusterRoleBinding gpubroker-offers",
+        ]
     )
 
 
@@ -169,7 +176,10 @@ def test_no_secret_is_written_down(overlay: str) -> None:
 def test_all_functions_together_stay_within_the_databases_connections() -> None:
     pool = Settings().pool_size
     services = [each for _, each in documents() if each["apiVersion"] == "serving.knative.dev/v1"]
-    scales = [int(each["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"]) for each in services]
+    scales = [
+        int(each["spec"]["template"]["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"])
+        for each in services
+    ]
     assert len(scales) == len(bundle.FUNCTIONS)
     assert sum(scales) * pool <= MOST_CONNECTIONS - 10, "some are left for migrations and people"
     (container,) = find("StatefulSet", "postgres")["spec"]["template"]["spec"]["containers"]
@@ -254,7 +264,8 @@ def test_customers_reach_the_internet_but_nothing_private() -> None:
     assert "ingress" not in policy
     blocks = [peer["ipBlock"] for rule in policy["egress"] for peer in rule["to"] if "ipBlock" in peer]
     closed = [ipaddress.ip_network(cidr) for block in blocks for cidr in block["except"]]
-    for address in ("169.254.169.254", "10.96.0.1", "10.244.1.7", "172.17.0.1", "192.168.1.1", "100.100.100.200", "fd00::1", "fe80::1"):
+    private = "169.254.169.254 10.96.0.1 10.244.1.7 172.17.0.1 192.168.1.1 100.100.100.200 fd00::1 fe80::1"
+    for address in private.split():
         inside = ipaddress.ip_address(address)
         assert any(inside in network for network in closed if network.version == inside.version), address
     assert not any(ipaddress.ip_address("1.1.1.1") in network for network in closed if network.version == 4)
@@ -301,7 +312,10 @@ def test_only_our_accounts_may_publish() -> None:
     policy = find("EventPolicy", "publishers")["spec"]
     (to,) = policy["to"]
     assert (to["ref"]["kind"], to["ref"]["name"]) == ("Broker", "default")
-    accounts = {f"system:serviceaccount:gpubroker:{name}" for name in {"gpubroker", *(f"gpubroker-{f}" for f in VENDOR_FUNCTIONS)}}
+    accounts = {
+        f"system:serviceaccount:gpubroker:{name}"
+        for name in {"gpubroker", *(f"gpubroker-{f}" for f in VENDOR_FUNCTIONS)}
+    }
     assert {entry["sub"] for entry in policy["from"]} == accounts
     for each in build("production"):
         if each["apiVersion"] != "serving.knative.dev/v1":
