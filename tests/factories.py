@@ -11,9 +11,7 @@ import psycopg
 from psycopg.rows import dict_row
 from tests.simulator import Final, Simulated
 
-from gpubroker import accounts, bundle, catalog, metering, reconciling, serving, store, sweep
-from gpubroker.config import settings
-from gpubroker.providers.registry import Adapters
+from gpubroker import accounts, adapters, bundle, catalog, metering, reconciling, serving, store, sweep
 from gpubroker.provisioning import Driver
 from gpubroker.store import instances
 
@@ -90,7 +88,7 @@ class World:
         self.database_url = database_url
         self.owner = owner
         self.provider: Simulated = Simulated()
-        self.adapters = Adapters(settings())
+        self.adapters = adapters.mine()  # those of the functions too: logs and exec reach the same provider
         self.root = Client("", "")
         self._conn: psycopg.Connection[dict[str, Any]] | None = None
 
@@ -114,7 +112,6 @@ class World:
     async def close(self) -> None:
         if self._conn is not None:
             self._conn.close()
-        await self.adapters.close()
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
         """The database, as its owner: sees and may do everything."""
