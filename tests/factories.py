@@ -112,6 +112,7 @@ class World:
     async def close(self) -> None:
         if self._conn is not None:
             self._conn.close()
+        await adapters.close()
 
     def connect(self) -> psycopg.Connection[dict[str, Any]]:
         """The database, as its owner: sees and may do everything."""

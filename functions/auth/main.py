@@ -144,7 +144,7 @@ async def rotate_key(call: web.Call[RotateRequest, NoQuery]) -> web.Answer:
 async def issue_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Issue a short-lived token: OAuth 2 client credentials, or RFC 8693 token exchange."""
     client = web.read_client(call.request, call.form)
-    issued = await tokens.issue(call.form, tokens.Client(*client) if client else None)
+    issued = await tokens.issue(call.form, tokens.Client(*client) if client else None, call.count)
     return web.Answer(issued, 200, {"Cache-Control": "no-store"})
 
 
@@ -152,14 +152,15 @@ async def issue_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
 async def introspect_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Say what a token is and may do now (RFC 7662)."""
     caller = await _read_caller(call)
-    return web.Answer(await tokens.introspect(caller, call.form["token"]), 200, {"Cache-Control": "no-store"})
+    stated = await tokens.introspect(caller, call.form["token"], call.count)
+    return web.Answer(stated, 200, {"Cache-Control": "no-store"})
 
 
 @api.operation("POST", "/v1/revoke", open=True, form=TokenQuestion, answers={200: Revoked})
 async def revoke_token(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Revoke a token or key (RFC 7009); what is none is no error."""
     caller = await _read_caller(call)
-    await tokens.revoke(caller, call.form["token"])
+    await tokens.revoke(caller, call.form["token"], call.count)
     return web.Answer({})
 
 

@@ -29,6 +29,7 @@ from gpubroker.resources.agents import (
 )
 from gpubroker.store import accounts as rows
 from gpubroker.store import migrations
+from gpubroker.store import tokens as token_rows
 from gpubroker.times import now
 
 _DEEPEST: Final = 32
@@ -95,8 +96,9 @@ def bootstrap(
 async def create_agent(tx: store.Transaction, request: AgentRequest) -> AgentWithKey:
     """Make a child of the caller's agent and its first key.
 
-    Raises ExceedsParent for scopes, an expiry or a budget that the parent does not have.
+    Raises ExceedsParent for scopes, an expiry or a budget that the parent does not have, Forbidden for a token with a budget.
     """
+    await _refuse_capped(tx)
     parent = tx.known
     if len(parent.path) >= _DEEPEST:
         msg = f"The tree of agents is at most {_DEEPEST} deep."
@@ -237,6 +239,7 @@ async def describe_caller(tx: store.Transaction) -> Whoami:
 
 async def create_key(tx: store.Transaction, request: KeyRequest) -> KeyWithSecret:
     """Make a further key of the caller's agent or of one below it, with at most the caller's own rights."""
+    await _refuse_capped(tx)
     caller = tx.known
     agent = await show_agent(tx, request.agent_id or caller.agent_id)
     within = [scope for scope in agent.effective_scopes if scope in caller.scopes]
@@ -250,6 +253,16 @@ async def create_key(tx: store.Transaction, request: KeyRequest) -> KeyWithSecre
     return KeyWithSecret(**dict(made), key=NewKey(id=row.id, key=text))
 
 
+async def _refuse_capped(tx: store.Transaction) -> None:
+    """Raise Forbidden for a token with a budget: what its agents and keys would spend would not count against that."""
+    jti = tx.known.jti
+    if jti is not None and await token_rows.find_least_room(tx.conn, jti) is not None:
+        raise errors.Forbidden(
+            "A token with a budget of its own makes no agents and keys: they would spend beyond it.",
+            hint="Use an API key, or a token without budget_usd.",
+        )
+
+
 async def show_key(tx: store.Transaction, key_id: str) -> Key:
     """A key of the caller's subtree. Raises NotFound."""
     key = await rows.find_key(tx.conn, tx.known.agent_id, key_id)
@@ -259,14 +272,21 @@ async def show_key(tx: store.Transaction, key_id: str) -> Key:
 
 
 async def rotate_key(tx: store.Transaction, key_id: str, overlap_seconds: int) -> KeyWithSecret:
-    """Replace a key by a new one with the same rights; the old one lives that much longer. Raises NotFound, Forbidden."""
+    """Replace a key by a new one with the same rights; the old one lives that much longer.
+
+    Raises NotFound, Forbidden, and Conflict for a key that is revoked, expired or replaced already.
+    """
+    await _refuse_capped(tx)
     old = await show_key(tx, key_id)
     caller = tx.known
     beyond = [scope for scope in old.scopes if scope not in caller.scopes]
     if beyond:
         raise errors.Forbidden(f"That key has rights that the caller lacks: {', '.join(beyond)}.")
-    if old.revoked_at is not None:
-        raise errors.Conflict("That key is revoked.", hint="Make a new key with POST /v1/keys.")
+    if not await rows.lock_live_key(tx.conn, key_id):
+        raise errors.Conflict(
+            "That key is revoked, expired or replaced already.",
+            hint="Rotate the key that replaced it, or make a new one.",
+        )
     expires_at = await _bound(tx, old.expires_at, None)
     row, text = _make_key(caller.org_id, old.agent_id, old.name, old.scopes, expires_at)
     await rows.add_key(tx.conn, row)

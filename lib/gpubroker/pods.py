@@ -22,6 +22,7 @@ from gpubroker.resources.pods import AttemptView, Endpoint, Pod, PodEvent
 from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import pods as rows
+from gpubroker.store import tokens as token_rows
 from gpubroker.store.offers import Candidate
 from gpubroker.times import count_micros, parse_time
 
@@ -94,6 +95,7 @@ async def extend(tx: store.Transaction, pod_id: str, request: ExtendRequest) -> 
     """Give a pod a longer life under a further hold. Raises Invalid, NotSupported, BudgetExhausted or ActionNotAllowed."""
     pod = await _lock(tx, pod_id)
     _refuse_ancestor(tx.known, pod, "extend")
+    await _refuse_capped(tx, pod_id)
     _refuse_action(pod, "extend")
     if request.max_lifetime_seconds is None and request.budget_usd is None:
         raise inputs.invalid("/max_lifetime_seconds", "max_lifetime_seconds or budget_usd is needed")
@@ -223,6 +225,21 @@ def _refuse_ancestor(caller: store.Caller, pod: rows.PodView, action: str) -> No
     if pod.agent_id != caller.agent_id:
         msg = f"Only the pod's own agent may {action} it; agents above may list, stop and terminate it."
         raise errors.Forbidden(msg, hint="Have the pod's agent do it, or terminate the pod.")
+
+
+async def _refuse_capped(tx: store.Transaction, pod_id: str) -> None:
+    """Raise Forbidden for a token with a budget against which this pod's holds would not count."""
+    jti = tx.known.jti
+    if (
+        jti is None
+        or await token_rows.find_least_room(tx.conn, jti) is None
+        or await token_rows.covers(tx.conn, jti, pod_id)
+    ):
+        return
+    raise errors.Forbidden(
+        "A token with a budget of its own extends only pods that were made with it: others would spend beyond it.",
+        hint="Use an API key, or a token without budget_usd.",
+    )
 
 
 def _refuse_action(pod: rows.PodView, action: str) -> None:

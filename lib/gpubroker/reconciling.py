@@ -17,6 +17,7 @@ from gpubroker.provisioning import Driver
 from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
+from gpubroker.store import tokens as token_rows
 from gpubroker.sweep import sweep
 
 log = logging.getLogger("gpubroker.reconcile")
@@ -87,6 +88,7 @@ async def _tidy() -> None:
         for month in await billing_rows.close_months(tx.conn):
             log.info("%s is closed", month)
         await event_rows.prune(tx)
+        await token_rows.prune_tokens(tx.conn)
     if overdue:
         outbox.publish_soon(overdue)
 

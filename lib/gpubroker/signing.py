@@ -57,8 +57,8 @@ async def sign(conn: store.Connection, claims: Mapping[str, object]) -> str:
     )
 
 
-async def verify(text: str) -> dict[str, Any]:
-    """The claims of a token of ours: signature, issuer, audience and time are right. Raises Unauthenticated.
+async def verify(text: str, *, for_us: bool = True) -> dict[str, Any]:
+    """The claims of a token of ours: signature, issuer and time are right, and it is `for_us`. Raises Unauthenticated.
 
     Whether it was revoked, and what it may do now, the database says.
     """
@@ -73,7 +73,7 @@ async def verify(text: str) -> dict[str, Any]:
         url = config.settings().public_url
         return jwt.decode(
             text, key, algorithms=[ALGORITHM], audience=url, issuer=url, leeway=_LEEWAY_SECONDS,
-            options={"require": ["exp", "iat", "sub", "jti", "aud", "iss"]},
+            options={"require": ["exp", "iat", "sub", "jti", "aud", "iss"], "verify_aud": for_us},
         )  # fmt: skip
     except jwt.PyJWTError:
         raise refusal from None

@@ -5,7 +5,7 @@ taken from that's as well. Who acts stands in `act`, who pays is the subject. Wh
 row: revoking a key, a token or an agent ends all that came from it at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +27,10 @@ DEEPEST: Final = 4
 _LONGEST_AUDIENCE: Final = 200
 
 
+Count = Callable[[store.Caller], Awaitable[None]]
+"""Is told who it was that asked, to count the request."""
+
+
 class Client(NamedTuple):
     """How the client of a token request says who it is: HTTP Basic, or `client_id` and `client_secret` in the form."""
 
@@ -43,25 +47,26 @@ class _Wanted(NamedTuple):
     limit_micro: int | None
 
 
-async def issue(form: Mapping[str, str], client: Client | None) -> dict[str, object]:
+async def issue(form: Mapping[str, str], client: Client | None, count: Count) -> dict[str, object]:
     """Answer a token request. Raises OAuthError."""
     grant = form.get("grant_type")
     if grant == CLIENT_CREDENTIALS:
-        return await _issue_for_client(form, client)
+        return await _issue_for_client(form, client, count)
     if grant == EXCHANGE:
-        return await _exchange(form)
+        return await _exchange(form, count)
     if grant is None:
         raise OAuthError("invalid_request", "grant_type is missing")
     raise OAuthError("unsupported_grant_type", f"grant_type is {CLIENT_CREDENTIALS} or {EXCHANGE}")
 
 
-async def _issue_for_client(form: Mapping[str, str], client: Client | None) -> dict[str, object]:
+async def _issue_for_client(form: Mapping[str, str], client: Client | None, count: Count) -> dict[str, object]:
     if client is None or not keys.is_key(client.secret):
         raise OAuthError("invalid_client", "client_id is an agent's id, client_secret one of its API keys")
     wanted = _read_wanted(form)
     async with store.anonymous() as tx:
         caller = await _authenticate(tx, store.Credential(key_hash=keys.hash_key(client.secret)), "invalid_client")
         _check_client(client, caller)
+        await count(caller)
         return await _issue(tx, caller, caller.agent_id, [caller.agent_id], wanted)
 
 
@@ -80,7 +85,7 @@ def _check_client(client: Client, caller: store.Caller) -> None:
         raise OAuthError("invalid_client", "the secret is not a key of this agent")
 
 
-async def _exchange(form: Mapping[str, str]) -> dict[str, object]:
+async def _exchange(form: Mapping[str, str], count: Count) -> dict[str, object]:
     subject_token = form.get("subject_token")
     if not subject_token:
         raise OAuthError("invalid_request", "subject_token is missing: a token or API key of whoever pays")
@@ -94,6 +99,7 @@ async def _exchange(form: Mapping[str, str]) -> dict[str, object]:
     async with store.anonymous() as tx:
         acting = None if actor is None else await _authenticate(tx, actor, "invalid_grant")
         caller = await _authenticate(tx, subject, "invalid_grant")  # last: it decides which organisation this is about
+        await count(caller)
         chain = list(caller.actors or (caller.agent_id,))
         if acting is None or acting.agent_id == chain[-1]:
             return await _issue(tx, caller, chain[-1], chain, wanted) | {"issued_token_type": ACCESS_TOKEN}
@@ -189,7 +195,7 @@ def _read_wanted(form: Mapping[str, str]) -> _Wanted:
 
 def _narrow(wanted: list[str] | None, origin: list[str]) -> list[str]:
     if wanted is None:
-        return [scope for scope in SCOPES if scope in origin]
+        return [scope for scope in SCOPES if scope in origin and scope != "admin"]
     beyond = [scope for scope in wanted if scope not in origin]
     if beyond:
         raise OAuthError("invalid_scope", f"not among the rights that this comes from: {' '.join(beyond)}")
@@ -199,11 +205,14 @@ def _narrow(wanted: list[str] | None, origin: list[str]) -> list[str]:
 async def _read_token(text: str) -> store.Credential:
     if keys.is_key(text):
         return store.Credential(key_hash=keys.hash_key(text))
+    return store.Credential(jti=str((await _read_claims(text, for_us=True))["jti"]))
+
+
+async def _read_claims(text: str, *, for_us: bool) -> dict[str, Any]:
     try:
-        claims = await signing.verify(text)
+        return await signing.verify(text, for_us=for_us)
     except errors.Unauthenticated:
         raise OAuthError("invalid_grant", "a token or key is unknown, expired or revoked") from None
-    return store.Credential(jti=str(claims["jti"]))
 
 
 async def _authenticate(tx: store.Transaction, credential: store.Credential, otherwise: str) -> store.Caller:
@@ -216,29 +225,42 @@ async def _authenticate(tx: store.Transaction, credential: store.Credential, oth
 # RFC 7662 and 7009: for callers who say who they are
 
 
-async def introspect(caller: store.Credential, text: str) -> dict[str, object]:
+class _Meant(NamedTuple):
+    """What a text that is a live token or key stands for. `claims` are a token's."""
+
+    caller: store.Caller
+    claims: dict[str, Any]
+
+
+async def introspect(caller: store.Credential, text: str, count: Count) -> dict[str, object]:
     """What a token is and may do now, for whoever holds it or stands above its subject; else just that it is not active."""
-    described: dict[str, Any] = {}
-    try:
-        credential = await _read_token(text)
-        async with store.anonymous() as tx:
-            meant = await _authenticate(tx, credential, "invalid_grant")
-        if credential.jti is not None:
-            described = await signing.verify(text)
-    except OAuthError:
-        return {"active": False}
+    meant = await _find_meant(text)
     async with store.public(caller, None) as tx:
-        if not _may_see(tx, meant):
+        await count(tx.known)
+        if meant is None or not _may_see(tx, meant.caller):
             return {"active": False}
     stated: dict[str, object] = {
         "active": True,
-        "scope": " ".join(meant.scopes),
-        "sub": meant.agent_id,
-        "client_id": (meant.actors or [meant.agent_id])[-1],
+        "scope": " ".join(meant.caller.scopes),
+        "sub": meant.caller.agent_id,
+        "client_id": (meant.caller.actors or [meant.caller.agent_id])[-1],
         "token_type": "Bearer",
-        "org": meant.org_id,
+        "org": meant.caller.org_id,
     }
-    return stated | {name: described[name] for name in ("exp", "iat", "iss", "aud", "jti", "act") if name in described}
+    shown = ("exp", "iat", "iss", "aud", "jti", "act")
+    return stated | {name: meant.claims[name] for name in shown if name in meant.claims}
+
+
+async def _find_meant(text: str) -> _Meant | None:
+    """Of any audience: whom a token is for asks here what it is worth."""
+    try:
+        is_key = keys.is_key(text)
+        claims = {} if is_key else await _read_claims(text, for_us=False)
+        credential = store.Credential(keys.hash_key(text)) if is_key else store.Credential(jti=str(claims["jti"]))
+        async with store.anonymous() as tx:
+            return _Meant(await _authenticate(tx, credential, "invalid_grant"), claims)
+    except OAuthError:
+        return None
 
 
 def _may_see(tx: store.Transaction, meant: store.Caller) -> bool:
@@ -246,19 +268,17 @@ def _may_see(tx: store.Transaction, meant: store.Caller) -> bool:
     return asking.org_id == meant.org_id and (asking.agent_id in meant.path or asking.agent_id in meant.actors[-1:])
 
 
-async def revoke(caller: store.Credential, text: str) -> None:
+async def revoke(caller: store.Credential, text: str, count: Count) -> None:
     """Revoke a token or key that the caller holds or that is of its subtree. Anything else changes nothing, and is not said."""
-    try:
-        credential = await _read_token(text)
-        async with store.anonymous() as tx:
-            meant = await _authenticate(tx, credential, "invalid_grant")
-    except OAuthError:
-        return
+    meant = await _find_meant(text)
     async with store.public(caller, None) as tx:
-        if credential.jti is not None:
-            await rows.revoke_token(tx.conn, credential.jti, tx.known.agent_id)
-        elif meant.key_id is not None and tx.known.agent_id in meant.path:
-            await accounts.revoke_key(tx.conn, meant.key_id)
+        await count(tx.known)
+        if meant is None:
+            return
+        if meant.caller.jti is not None:
+            await rows.revoke_token(tx.conn, meant.caller.jti, tx.known.agent_id)
+        elif meant.caller.key_id is not None and tx.known.agent_id in meant.caller.path:
+            await accounts.revoke_key(tx.conn, meant.caller.key_id)
 
 
 def describe_server() -> dict[str, object]:
@@ -274,7 +294,7 @@ def describe_server() -> dict[str, object]:
         "response_types_supported": [],
         "grant_types_supported": [CLIENT_CREDENTIALS, EXCHANGE],
         "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
-        "introspection_endpoint_auth_methods_supported": ["bearer", "client_secret_basic"],
-        "revocation_endpoint_auth_methods_supported": ["bearer", "client_secret_basic"],
+        "introspection_endpoint_auth_methods_supported": ["bearer", "client_secret_basic", "client_secret_post"],
+        "revocation_endpoint_auth_methods_supported": ["bearer", "client_secret_basic", "client_secret_post"],
         "service_documentation": f"{url}/docs/errors.md",
     }

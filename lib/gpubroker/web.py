@@ -35,6 +35,7 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gpubroker"'}
+_CLIENT_CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="gpubroker", Bearer realm="gpubroker"'}
 _DEEPEST: Final = 32
 _FAILED: Final = 500
 _SLOW_SECONDS: Final = 1.0
@@ -92,16 +93,17 @@ class Call(Generic[B, Q]):
     async def transaction(self) -> AsyncGenerator[store.Transaction]:
         """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
         async with store.public(self.credential, self.operation.scope) as tx:
-            await self._count(tx.known)
+            await self.count(tx.known)
             yield tx
 
     async def glimpse(self) -> str:
         """Authenticate alone, in one round trip. Returns the version of the offers."""
         caller, version = await store.glimpse(self.credential, self.operation.scope)
-        await self._count(caller)
+        await self.count(caller)
         return version
 
-    async def _count(self, caller: store.Caller) -> None:
+    async def count(self, caller: store.Caller) -> None:
+        """Count this request, once, for the caller's organisation. Raises RateLimited."""
         if not self._is_counted:
             self._is_counted = True
             self.headers |= (await rates.limiter.take(caller.org_id, caller.plan)).as_headers()
@@ -207,6 +209,7 @@ class _Resource:
         outbox.traceparent.set(request.headers.get("traceparent"))
         method = "GET" if request.method == "HEAD" else request.method
         headers: dict[str, str] = {}
+        operation: Operation | None = None
         try:
             operation = self._choose(request, method)
             call: Call[Any, Any] = Call(request, operation, request_id)
@@ -215,7 +218,10 @@ class _Resource:
             answer = await operation.handler(call)
             response = answer if isinstance(answer, Response) else render(answer)
         except Exception as error:  # noqa: BLE001 - every error becomes a problem document; an unknown one is logged whole
-            response = render_problem(as_problem(error, request_id), request_id)
+            problem = as_problem(error, request_id)
+            if operation is not None and operation.form is not None and isinstance(problem, errors.Unauthenticated):
+                problem = errors.OAuthError("invalid_client", problem.detail)
+            response = render_problem(problem, request_id)
         for name, value in (*headers.items(), ("X-Request-Id", request_id)):
             response.headers[name] = value
         await response(scope, receive, send)
@@ -511,7 +517,7 @@ def render_problem(problem: errors.Problem, request_id: str) -> Response:
 
 def _render_oauth(problem: errors.OAuthError) -> Response:
     content = json.dumps({"error": problem.error, "error_description": problem.detail}).encode()
-    headers = {"Cache-Control": "no-store"} | ({"WWW-Authenticate": "Basic"} if problem.is_client_unknown else {})
+    headers = {"Cache-Control": "no-store"} | (_CLIENT_CHALLENGE if problem.is_client_unknown else {})
     status = 401 if problem.is_client_unknown else problem.status
     return Response(content, status_code=status, headers=headers, media_type="application/json")
 

@@ -289,6 +289,16 @@ async def list_keys(conn: Connection, above: str, agent_id: str | None, after: s
     return await cursor.fetchall()
 
 
+_LOCK_LIVE_KEY: Final = """
+SELECT id FROM key WHERE id = %s AND revoked_at IS NULL AND replaced_by IS NULL
+   AND (expires_at IS NULL OR expires_at > clock_timestamp()) FOR UPDATE"""
+
+
+async def lock_live_key(conn: Connection, key_id: str) -> bool:
+    """Lock a key until the end of the transaction; false when it is revoked, expired or replaced."""
+    return await (await conn.execute(_LOCK_LIVE_KEY, (key_id,))).fetchone() is not None
+
+
 _REPLACE_KEY: Final = """
 UPDATE key SET replaced_by = %(new)s, expires_at = least(expires_at, clock_timestamp() + %(overlap)s * interval '1 second')
  WHERE id = %(old)s"""

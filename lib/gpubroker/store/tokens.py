@@ -85,15 +85,6 @@ async def first_expiry(conn: Connection, jti: str | None, key_id: str | None, pa
     return row[0] if row else None
 
 
-_LIMIT: Final = "SELECT limit_micro - committed_micro FROM token WHERE jti = %s AND limit_micro IS NOT NULL"
-
-
-async def find_room(conn: Connection, jti: str) -> int | None:
-    """What a token's own budget still allows, micro-USD; None: it has none."""
-    row = await (await conn.execute(_LIMIT, (jti,))).fetchone()
-    return None if row is None else max(0, int(row[0]))
-
-
 _ROOM: Final = """
 WITH RECURSIVE chain AS (
     SELECT jti, parent_jti, limit_micro, committed_micro FROM token WHERE jti = %s
@@ -109,6 +100,21 @@ async def find_least_room(conn: Connection, jti: str) -> int | None:
     return None if row is None or row[0] is None else max(0, int(row[0]))
 
 
+_COVERS: Final = """
+WITH RECURSIVE chain AS (
+    SELECT t.jti, t.parent_jti FROM pod p JOIN token t ON t.jti = p.token_jti WHERE p.id = %(pod)s
+    UNION ALL
+    SELECT t.jti, t.parent_jti FROM token t JOIN chain c ON t.jti = c.parent_jti
+)
+SELECT EXISTS (SELECT FROM chain WHERE jti = %(jti)s)"""
+
+
+async def covers(conn: Connection, jti: str, pod_id: str) -> bool:
+    """Say whether a pod was made with this token or one that came from it: its holds count against the token's budget."""
+    row = await (await conn.execute(_COVERS, {"jti": jti, "pod": pod_id})).fetchone()
+    return row is not None and bool(row[0])
+
+
 _REVOKE: Final = """
 UPDATE token t SET revoked_at = clock_timestamp()
  WHERE t.jti = %(jti)s AND t.revoked_at IS NULL
@@ -118,20 +124,6 @@ UPDATE token t SET revoked_at = clock_timestamp()
 async def revoke_token(conn: Connection, jti: str, agent_id: str) -> None:
     """Revoke a token that this agent holds, or that is of its subtree; anything else is left alone."""
     await conn.execute(_REVOKE, {"jti": jti, "agent": agent_id})
-
-
-_FIND_VISIBLE: Final = """
-SELECT t.jti, t.org_id, t.agent_id, t.actor_id, t.actors, t.key_id, t.parent_jti, t.scopes, t.limit_micro, t.expires_at
-  FROM token t
- WHERE t.jti = %(jti)s
-   AND (t.actor_id = %(agent)s OR EXISTS (SELECT FROM agent_path p WHERE p.ancestor_id = %(agent)s AND p.agent_id = t.agent_id))"""
-
-
-async def find_visible(conn: Connection, jti: str, agent_id: str) -> TokenRow | None:
-    """A token that this agent holds, or that is of its subtree."""
-    cursor = conn.cursor(row_factory=class_row(TokenRow))
-    await cursor.execute(_FIND_VISIBLE, {"jti": jti, "agent": agent_id})
-    return await cursor.fetchone()
 
 
 _MAY_ACT: Final = """
@@ -146,10 +138,11 @@ async def may_act(conn: Connection, subject_id: str, actor_id: str) -> bool:
 
 
 _PRUNE: Final = """
-DELETE FROM token WHERE expires_at < clock_timestamp() - interval '7 days'
-   AND NOT EXISTS (SELECT FROM pod WHERE token_jti = jti)"""
+DELETE FROM token t WHERE t.expires_at < clock_timestamp() - interval '7 days'
+   AND NOT EXISTS (SELECT FROM pod WHERE token_jti = t.jti)
+   AND NOT EXISTS (SELECT FROM token c WHERE c.parent_jti = t.jti)"""
 
 
 async def prune_tokens(conn: Connection) -> None:
-    """Forget tokens that expired a week ago and made no pod."""
+    """Forget tokens that expired a week ago, made no pod, and from which none came that is remembered."""
     await conn.execute(_PRUNE)
