@@ -3,11 +3,11 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import idempotency, paging, quotes, web
+from gpubroker import idempotency, paging, prices, quotes, web
 from gpubroker import offers as domain
 from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import Page
-from gpubroker.resources.offers import Gpu, Offer, OfferPage, ProviderView
+from gpubroker.resources.offers import Gpu, Offer, OfferPage, PriceHistory, ProviderView
 from gpubroker.resources.pods import Quote
 from gpubroker.shelf import Shelf
 
@@ -41,6 +41,15 @@ async def list_gpus(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
     after = paging.read_cursor(call.query.cursor, str)
     async with call.transaction() as tx:
         return web.Answer(await domain.list_gpus(tx, after[0] if after else None, call.query.limit))
+
+
+@api.operation(
+    "GET", "/v1/gpus/{model}/prices", scope="offers:read", query=prices.HistoryQuery, answers={200: PriceHistory}
+)
+async def show_prices(call: web.Call[Nothing, prices.HistoryQuery]) -> web.Answer:
+    """Show what a GPU model cost over time, per GPU and hour."""
+    async with call.transaction() as tx:
+        return web.Answer(await prices.show_history(tx, call.path("model"), call.query))
 
 
 @api.operation("GET", "/v1/providers", scope="offers:read", answers={200: Page[ProviderView]})

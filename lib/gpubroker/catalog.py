@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import median_low
 from typing import Any, Final
 
 from gpubroker import config, errors, gpus, outbox, store
 from gpubroker.events import OffersData, ProviderData
-from gpubroker.money import LARGEST
+from gpubroker.money import LARGEST, format_usd
 from gpubroker.providers import registry
 from gpubroker.providers.base import Provider, ProviderOffer
 from gpubroker.providers.registry import Adapters
@@ -20,6 +21,10 @@ _LIST_SECONDS: Final = 60
 _MOST_SECONDS: Final = 10**9
 _MOST_GB: Final = 10**7
 _MOST_UNITS: Final = 4096
+_FEW: Final = 3
+"""Offers of a model that make its median worth something."""
+_FAR: Final = 10
+"""A price so many times off the median of its model is more likely a mistake than a bargain (skypilot#4904, #3794)."""
 
 
 async def refresh_all(adapters: Adapters) -> dict[str, str]:
@@ -57,8 +62,9 @@ async def refresh_offers(provider: Provider, tick_seconds: int) -> rows.Changes 
     except (errors.ProviderError, TimeoutError, OSError) as error:
         await _give_up(provider.name, account_id, refresh_id, f"{type(error).__name__}: {error}")
         raise
-    offers = _read_offers(listed)
     async with store.worker() as tx:
+        medians = None if capabilities.priced_by_operator else await rows.read_medians(tx.conn, _FEW)
+        offers = _read_offers(listed, medians)
         changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
         await rows.end_refresh(
             tx.conn,
@@ -66,7 +72,7 @@ async def refresh_offers(provider: Provider, tick_seconds: int) -> rows.Changes 
             complete=True,
             seen=len(listed),
             changed=changes.changed,
-            quarantined=len(listed) - len(offers),
+            quarantined=len(listed) - sum(offer.quarantined is None for offer in offers),
         )
         await rows.trust_account(tx.conn, account_id, began_at)
         if changes.changed or changes.gone:
@@ -90,14 +96,40 @@ def describe(provider: Provider) -> dict[str, object]:
     return described
 
 
-def _read_offers(listed: Sequence[ProviderOffer]) -> list[rows.NewOffer]:
-    """What a provider lists, without what cannot be; of an offer that is listed twice the cheaper."""
+def _read_offers(listed: Sequence[ProviderOffer], medians: Mapping[str, int] | None) -> list[rows.NewOffer]:
+    """What a provider lists, without what cannot be; of an offer that is listed twice the cheaper.
+
+    What can be but is not to be believed is kept in quarantine, where nobody finds it. Without medians all is believed.
+    """
     cheapest: dict[tuple[str, str, bool], ProviderOffer] = {}
     for offer in filter(_is_possible, listed):
         first = cheapest.setdefault((offer.provider_offer_id, offer.region, offer.spot), offer)
         if offer.price_micro_h < first.price_micro_h:
             cheapest[offer.provider_offer_id, offer.region, offer.spot] = offer
-    return [_read_offer(offer) for offer in cheapest.values()]
+    read = [_read_offer(offer) for offer in cheapest.values()]
+    if medians is None:
+        return read
+    known = {**_find_medians(read), **medians}
+    return [offer._replace(quarantined=offer.quarantined or _doubt_price(offer, known)) for offer in read]
+
+
+def _find_medians(offers: Sequence[rows.NewOffer]) -> dict[str, int]:
+    """The medians of a listing itself: of models that nobody offered before."""
+    prices: dict[str, list[int]] = {}
+    for offer in offers:
+        if offer.gpu and offer.gpu_count and offer.quarantined is None:
+            prices.setdefault(offer.gpu, []).append(offer.price_micro_h // offer.gpu_count)
+    return {gpu: median_low(found) for gpu, found in prices.items() if len(found) >= _FEW}
+
+
+def _doubt_price(offer: rows.NewOffer, medians: Mapping[str, int]) -> str | None:
+    median = medians.get(offer.gpu or "")
+    if not median or not offer.gpu_count:
+        return None
+    price = offer.price_micro_h / offer.gpu_count
+    if median / _FAR < price < median * _FAR:
+        return None
+    return f"{format_usd(round(price))} USD per GPU and hour, where the median of {offer.gpu} is {format_usd(median)}"
 
 
 def _is_possible(offer: ProviderOffer) -> bool:
@@ -116,7 +148,8 @@ def _is_possible(offer: ProviderOffer) -> bool:
 def _read_offer(offer: ProviderOffer) -> rows.NewOffer:
     model = gpus.recognise(offer.gpu, offer.vram_gb) if offer.gpu else None
     values: dict[str, Any] = {name: getattr(offer, name, None) for name in rows.NewOffer._fields}
-    values |= {"supports": sorted(offer.supports), "quarantined": None}
+    quarantined = None if offer.currency == "USD" else f"priced in {offer.currency[:16]}"
+    values |= {"supports": sorted(offer.supports), "quarantined": quarantined}
     if model is not None:
         values |= {"gpu": model.name, "vram_gb": model.vram_gb}
     return rows.NewOffer(**values)

@@ -30,7 +30,7 @@ from gpubroker.connection import TIMEOUT_SECONDS, BrokerError, Connection, Hook,
 from gpubroker.resources import Page
 from gpubroker.resources.agents import Agent, AgentWithKey, Key, KeyWithSecret, Whoami
 from gpubroker.resources.budgets import Budget
-from gpubroker.resources.offers import Gpu, Offer, OfferPage, ProviderView
+from gpubroker.resources.offers import Gpu, Offer, OfferPage, PriceHistory, ProviderView
 from gpubroker.resources.pods import DryRun, ExecAnswer, Pod, PodEvent, Quote
 from gpubroker.resources.tokens import Introspection, Jwks, ServerMetadata, TokenAnswer
 from gpubroker.resources.usage import LimitsView, Statement, Usage, UsageRecord
@@ -185,6 +185,10 @@ class AsyncClient:
         return await self._read(Page[Gpu], "/v1/gpus", query)
 
     iterate_gpus = _iterate(list_gpus)
+
+    async def show_prices(self, model: str, **query: object) -> PriceHistory:
+        """What a GPU model cost over time; `from_` stands for `from`."""
+        return await self._read(PriceHistory, f"/v1/gpus/{_segment(model)}/prices", query)
 
     async def list_providers(self) -> Page[ProviderView]:
         """Providers: configured, healthy, how old their offers are, what they can do."""
@@ -448,6 +452,7 @@ class Client:
     get_offer = _sync(AsyncClient.get_offer)
     list_gpus = _sync(AsyncClient.list_gpus)
     iterate_gpus = _sync_iterator(AsyncClient.iterate_gpus)
+    show_prices = _sync(AsyncClient.show_prices)
     list_providers = _sync(AsyncClient.list_providers)
     make_quote = _sync(AsyncClient.make_quote)
     create_pod = _sync(AsyncClient.create_pod)

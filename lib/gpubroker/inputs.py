@@ -1,11 +1,13 @@
 """What requests carry: exact bodies, exact queries, and the way to say what is wrong with them."""
 
 import re
-from typing import Final
+from datetime import datetime
+from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from gpubroker import errors
+from gpubroker.times import parse_time
 
 LARGEST_BODY: Final = 1024 * 1024
 """Bytes of a request's body at the most."""
@@ -49,6 +51,8 @@ Whole = BeforeValidator(_whole)
 """Marks a whole number in a query: `5`, not `5.0` or ` 5`."""
 Flag = BeforeValidator(_flag)
 """Marks a boolean in a query: `true` or `false`, nothing else."""
+Time = Annotated[datetime, BeforeValidator(parse_time)]
+"""A moment in a query, RFC 3339 with an offset."""
 
 
 def invalid(pointer: str, message: str, *, did_you_mean: str | None = None) -> errors.Invalid:

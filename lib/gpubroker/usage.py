@@ -3,10 +3,10 @@
 import csv
 import io
 import re
-from datetime import UTC, date, datetime
+from datetime import UTC, date
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from gpubroker import errors, inputs, paging, store
 from gpubroker.resources import Page
@@ -23,18 +23,15 @@ from gpubroker.resources.usage import (
 )
 from gpubroker.store import usage as rows
 from gpubroker.store.instances import read_instant
-from gpubroker.times import parse_time
 
 _GROUP: Final = r"^(agent|pod|provider|gpu|hour|day|month|label:[A-Za-z0-9][A-Za-z0-9._/-]{0,62})$"
-
-Time = Annotated[datetime, BeforeValidator(parse_time)]
 
 
 class UsageQuery(inputs.Query):
     """Of when, of what, and in which groups."""
 
-    from_: Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
-    to: Time | None = Field(default=None, description="Default: now.")
+    from_: inputs.Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
+    to: inputs.Time | None = Field(default=None, description="Default: now.")
     group_by: Annotated[str, Field(pattern=_GROUP)] | None = None
     pod_id: str | None = None
     agent_id: str | None = None
@@ -43,8 +40,8 @@ class UsageQuery(inputs.Query):
 class RecordsQuery(paging.Paged):
     """Of when and of what."""
 
-    from_: Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
-    to: Time | None = Field(default=None, description="Default: now.")
+    from_: inputs.Time | None = Field(default=None, alias="from", description="Default: the start of this month, UTC.")
+    to: inputs.Time | None = Field(default=None, description="Default: now.")
     pod_id: str | None = None
     agent_id: str | None = None
 

@@ -505,3 +505,84 @@ async def test_search_needs_no_more_than_a_key_that_may_read_offers(market: Worl
     assert (await reader.get("/v1/offers?limit=1"))["items"]
     nobody = await reader.call("GET", "/v1/offers", headers={"Authorization": ""})
     assert nobody.status_code == 401
+
+
+def h100s(count: int, price_micro_h: int = 2_000_000) -> list[base.ProviderOffer]:
+    return [replace(OFFERS[0], provider_offer_id=f"h100-{n}", price_micro_h=price_micro_h) for n in range(count)]
+
+
+async def test_a_price_far_off_the_median_of_its_model_is_quarantined_and_counted(world: World):
+    cheap, dear, near = (
+        replace(OFFERS[0], provider_offer_id=name, price_micro_h=price)
+        for name, price in (("cheap", 200_000), ("dear", 20_000_000), ("near", 210_000))
+    )
+    world.provider.offers = [*h100s(5), cheap, dear, near]
+    await refresh(world)
+    shown = {item["provider_offer_id"] for item in await found(world, {"gpu": "h100", "limit": 200})}
+    assert shown == {"near", *(f"h100-{n}" for n in range(5))}
+    assert world.query("SELECT seen, quarantined FROM refresh") == [{"seen": 8, "quarantined": 2}]
+    assert (
+        "median of H100"
+        in world.query("SELECT quarantined FROM offer WHERE provider_offer_id = 'cheap'")[0]["quarantined"]
+    )
+    world.provider.offers = [*h100s(5), replace(cheap, price_micro_h=1_000_000), dear, near]
+    assert await refresh(world) == refreshes.Changes(1, 0)
+    assert "cheap" in {item["provider_offer_id"] for item in await found(world, {"gpu": "h100", "limit": 200})}
+
+
+async def test_a_vendor_that_changes_its_unit_is_not_believed(world: World):
+    world.provider.offers = h100s(5)
+    await refresh(world)
+    world.provider.offers = h100s(5, 2_000_000 // 100)
+    await refresh(world)
+    assert await found(world, {"gpu": "h100"}) == []
+    world.provider.offers = h100s(5)
+    await refresh(world)
+    assert len(await found(world, {"gpu": "h100"})) == 5
+
+
+async def test_another_currency_is_quarantined_and_never_converted(world: World):
+    world.provider.offers = [*h100s(1), replace(OFFERS[0], provider_offer_id="euro", currency="EUR")]
+    await refresh(world)
+    assert len(await found(world, {"gpu": "h100"})) == 1
+    assert world.query("SELECT quarantined FROM offer WHERE quarantined IS NOT NULL") == [
+        {"quarantined": "priced in EUR"}
+    ]
+
+
+async def test_prices_of_a_model_over_time(world: World):
+    path = "/v1/gpus/h100/prices"
+    world.provider.offers = [
+        *h100s(2),
+        replace(OFFERS[0], provider_offer_id="pair", gpu_count=2, price_micro_h=5_000_000),
+    ]
+    await refresh(world)
+    world.query("UPDATE offer_price SET at = at - interval '50 hours'")
+    world.query("DELETE FROM offer_price WHERE offer_id IN (SELECT id FROM offer WHERE gone_at IS NOT NULL)")
+    world.provider.offers = [replace(offer, price_micro_h=offer.price_micro_h // 2) for offer in world.provider.offers]
+    await refresh(world)
+    world.query("UPDATE offer_price SET at = at - interval '25 hours' WHERE at > clock_timestamp() - interval '1 hour'")
+    history = await world.root.get(path)
+    assert (len(history["items"]), history["step"]) == (30, "day")
+    assert set(history["models"]) == set(ask("h100"))
+    told = [
+        (step["low_usd_per_gpu_hour"], step["median_usd_per_gpu_hour"], step["high_usd_per_gpu_hour"], step["offers"])
+        for step in history["items"]
+    ]
+    assert told[:27] == [(None, None, None, 0)] * 27
+    assert told[27:] == [
+        ("2.000000", "2.000000", "2.500000", 3), ("1.000000", "1.250000", "2.500000", 3), ("1.000000", "1.000000", "1.250000", 3)
+    ]  # fmt: skip
+    hours = await world.root.get(f"{path}?step=hour&from=2026-01-01T00:00:00Z&to=2026-01-01T02:30:00Z")
+    assert [step["from"] for step in hours["items"]] == [f"2026-01-01T0{n}:00:00Z" for n in range(3)]
+    assert (await world.root.get(f"{path}?provider=other"))["items"][-1]["offers"] == 0
+    wrong = (
+        "step=year",
+        "step=hour&from=2020-01-01T00:00:00Z",
+        "to=0001-01-02T00:00:00Z",
+        "from=2027-01-01T00:00:00Z",
+        "x=1",
+    )
+    for query in wrong:
+        assert (await world.root.get(f"{path}?{query}", 422))["code"] == "invalid"
+    assert "H100" in (await world.root.get("/v1/gpus/H1000/prices", 404))["detail"]

@@ -54,6 +54,8 @@ class Capabilities:
     ttl: bool = False
     """The provider itself ends an instance at its hard stop."""
     spot: bool = False
+    priced_by_operator: bool = False
+    """Its prices are our own settings: none is doubted for being far from the median of its model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,8 @@ class ProviderOffer:
     min_billing_s: int = 0
     increment_s: int = 1
     reliability: float | None = None
+    currency: str = "USD"
+    """What is priced in another is set aside, never converted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class Local(Provider):
         lookup_seconds=(1, 3, 10),
         terminal_is_final=True,
         moves_hard_stop=True,
+        priced_by_operator=True,
         ttl=True,
     )
 

@@ -6,7 +6,7 @@ micro-USD inside and a decimal string outside; times are aware UTC.
 
 from typing import Annotated, Any, Final, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 T = TypeVar("T")
 
@@ -30,6 +30,10 @@ State = Literal[
 
 
 Support = Literal["command", "image", "ports", "exec", "logs", "stop", "ssh"]
+
+
+FROM: Final = AliasChoices("from_", "from")
+"""A row has the first, an answer the second: `from` is a word of Python."""
 
 
 class Output(BaseModel):

@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field
 
 from gpubroker.money import Usd
-from gpubroker.resources import Output, Page, is_none
+from gpubroker.resources import FROM, Output, Page, is_none
 from gpubroker.times import Moment
 
 
@@ -66,6 +66,26 @@ class Gpu(Output):
     offers: int
     lowest_usd_per_gpu_hour: Usd | None
     median_usd_per_gpu_hour: Usd | None
+
+
+class PriceStep(Output):
+    """Prices of a model within one step, per GPU and hour, over every offer and price that stood at any moment of it."""
+
+    from_: Moment = Field(validation_alias=FROM, serialization_alias="from")
+    low_usd_per_gpu_hour: Usd | None
+    median_usd_per_gpu_hour: Usd | None
+    high_usd_per_gpu_hour: Usd | None
+    offers: int
+
+
+class PriceHistory(Output):
+    """What a GPU model cost, step by step. `models` are all that the question meant."""
+
+    models: list[str]
+    from_: Moment = Field(validation_alias=FROM, serialization_alias="from")
+    to: Moment
+    step: str
+    items: list[PriceStep]
 
 
 class ProviderView(Output):

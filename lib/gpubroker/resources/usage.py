@@ -1,14 +1,12 @@
 """What was used: intervals, sums, statements, and limits."""
 
-from typing import Final, Literal
+from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import Field
 
 from gpubroker.money import Usd
-from gpubroker.resources import Output
+from gpubroker.resources import FROM, Output
 from gpubroker.times import Moment
-
-_FROM: Final = AliasChoices("from_", "from")  # a row has the first, an answer the second: `from` is a word of Python
 
 
 class UsageRecord(Output):
@@ -22,7 +20,7 @@ class UsageRecord(Output):
     gpu: str | None
     gpu_count: int
     billing: str
-    from_: Moment = Field(validation_alias=_FROM, serialization_alias="from")
+    from_: Moment = Field(validation_alias=FROM, serialization_alias="from")
     to: Moment
     seconds: int
     price_usd_per_hour: Usd
@@ -92,7 +90,7 @@ class LimitsView(Output):
 class Usage(Output):
     """What was used in a time, grouped."""
 
-    from_: Moment = Field(validation_alias=_FROM, serialization_alias="from")
+    from_: Moment = Field(validation_alias=FROM, serialization_alias="from")
     to: Moment
     items: list[UsageRow]
     total: UsageRow

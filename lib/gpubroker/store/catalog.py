@@ -68,16 +68,25 @@ WITH input AS (
         disk_base_gb int, disk_micro_gb_h bigint, region text, country text, spot boolean, price_micro_h bigint,
         stopped_micro_h bigint, min_billing_s int, increment_s int, supports text[], reliability real, availability text,
         quarantined text)
-), old AS (
-    SELECT o.id, o.price_micro_h FROM offer o WHERE o.account_id = %(account)s
+), differing AS (
+    SELECT n.*, o.price_micro_h AS price_before
+      FROM input n LEFT JOIN offer o ON o.account_id = %(account)s AND o.provider_offer_id = n.provider_offer_id
+                                    AND o.region = n.region AND o.spot = n.spot
+     WHERE (o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.disk_base_gb, o.disk_micro_gb_h, o.country,
+            o.price_micro_h, o.stopped_micro_h, o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
+            o.quarantined, o.gone_at)
+           IS DISTINCT FROM
+           (n.gpu, n.gpu_count, n.vram_gb, n.vcpus, n.ram_gb, n.disk_gb, n.disk_base_gb, n.disk_micro_gb_h, n.country,
+            n.price_micro_h, n.stopped_micro_h, n.min_billing_s, n.increment_s, n.supports, n.reliability, n.availability,
+            n.quarantined, NULL::timestamptz)
 ), written AS (
     INSERT INTO offer AS o (id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
         disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s,
         supports, reliability, availability, quarantined, changed_at)
-    SELECT new_id('ofr'), %(account)s, %(provider)s, n.*, clock_timestamp()
-      FROM (SELECT provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb, disk_base_gb, disk_micro_gb_h, region,
-                   country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s, supports, reliability,
-                   availability, quarantined FROM input) n
+    SELECT new_id('ofr'), %(account)s, %(provider)s, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
+           disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s,
+           supports, reliability, availability, quarantined, clock_timestamp()
+      FROM differing
       ON CONFLICT (account_id, provider_offer_id, region, spot) DO UPDATE
          SET gpu = excluded.gpu, gpu_count = excluded.gpu_count, vram_gb = excluded.vram_gb, vcpus = excluded.vcpus,
              ram_gb = excluded.ram_gb, disk_gb = excluded.disk_gb, disk_base_gb = excluded.disk_base_gb,
@@ -86,19 +95,11 @@ WITH input AS (
              increment_s = excluded.increment_s, supports = excluded.supports, reliability = excluded.reliability,
              availability = excluded.availability, quarantined = excluded.quarantined, changed_at = excluded.changed_at,
              gone_at = NULL
-       WHERE (o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.disk_base_gb, o.disk_micro_gb_h, o.country,
-              o.price_micro_h, o.stopped_micro_h, o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
-              o.quarantined, o.gone_at)
-             IS DISTINCT FROM
-             (excluded.gpu, excluded.gpu_count, excluded.vram_gb, excluded.vcpus, excluded.ram_gb, excluded.disk_gb,
-              excluded.disk_base_gb, excluded.disk_micro_gb_h, excluded.country, excluded.price_micro_h,
-              excluded.stopped_micro_h, excluded.min_billing_s, excluded.increment_s, excluded.supports,
-              excluded.reliability, excluded.availability, excluded.quarantined, NULL)
-    RETURNING o.id, o.price_micro_h
+    RETURNING o.id, o.provider_offer_id, o.region, o.spot, o.price_micro_h
 ), history AS (
     INSERT INTO offer_price (offer_id, at, price_micro_h)
-    SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w LEFT JOIN old ON old.id = w.id
-     WHERE old.price_micro_h IS DISTINCT FROM w.price_micro_h
+    SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w JOIN differing d USING (provider_offer_id, region, spot)
+     WHERE d.price_before IS DISTINCT FROM w.price_micro_h
 ), shapes AS (
     INSERT INTO offer_shape (gpu, gpu_count, vram_gb)
     SELECT DISTINCT gpu, gpu_count, coalesce(vram_gb, 0) FROM input WHERE gpu IS NOT NULL
@@ -114,12 +115,22 @@ SELECT (SELECT count(*) FROM written)::int AS changed, (SELECT count(*) FROM gon
 
 
 async def merge_offers(conn: Connection, account_id: str, provider: str, offers: Sequence[NewOffer]) -> Changes:
-    """Make the account's offers these: only what differs is written, what is missing is gone. One statement."""
+    """Make the account's offers these: only what differs is written or locked, what is missing is gone. One statement."""
     values = [{name: getattr(offer, name) for name in NewOffer._fields} for offer in offers]
     cursor = conn.cursor(row_factory=class_row(Changes))
     await cursor.execute(_MERGE, {"offers": Jsonb(values), "account": account_id, "provider": provider})
     changes = await cursor.fetchone()
     return changes or Changes(0, 0)
+
+
+_MEDIANS: Final = """
+SELECT gpu, percentile_disc(0.5) WITHIN GROUP (ORDER BY per_gpu)::bigint FROM offer
+ WHERE gpu IS NOT NULL AND gone_at IS NULL AND quarantined IS NULL GROUP BY gpu HAVING count(*) >= %s"""
+
+
+async def read_medians(conn: Connection, least: int) -> dict[str, int]:
+    """The median price of each GPU model, micro-USD per GPU and hour, where there are at least so many offers of it."""
+    return dict(await (await conn.execute(_MEDIANS, (least,))).fetchall())
 
 
 _BEGIN_REFRESH: Final = """

@@ -1,11 +1,12 @@
 """Rows of `provider_account`, `refresh`, `offer` and `offer_price`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row
 
-from gpubroker.resources.offers import Gpu, Offer, ProviderView
+from gpubroker.resources.offers import Gpu, Offer, PriceStep, ProviderView
 from gpubroker.store import Connection
 
 _COLUMNS: Final = """
@@ -186,6 +187,33 @@ async def list_gpus(conn: Connection) -> list[Gpu]:
     """The GPU models that can be had now."""
     cursor = conn.cursor(row_factory=class_row(Gpu))
     await cursor.execute(_GPUS)
+    return await cursor.fetchall()
+
+
+_PRICES: Final = """
+WITH priced AS (
+    SELECT o.id, p.price_micro_h / greatest(o.gpu_count, 1) AS per_gpu, p.at,
+           lead(p.at, 1, coalesce(o.gone_at, 'infinity')) OVER (PARTITION BY o.id ORDER BY p.at) AS until
+      FROM offer o JOIN offer_price p ON p.offer_id = o.id
+     WHERE o.gpu = ANY (%(models)s) AND o.quarantined IS NULL AND p.at < %(to)s
+       AND (%(provider)s::text IS NULL OR o.provider = %(provider)s)
+)
+SELECT s.at AS from_, min(p.per_gpu) AS low_usd_per_gpu_hour,
+       percentile_disc(0.5) WITHIN GROUP (ORDER BY p.per_gpu) AS median_usd_per_gpu_hour,
+       max(p.per_gpu) AS high_usd_per_gpu_hour, count(DISTINCT p.id)::int AS offers
+  FROM generate_series(%(from)s::timestamptz, %(to)s::timestamptz - interval '1 microsecond', %(step)s::interval) s (at)
+  LEFT JOIN priced p ON p.at < least(s.at + %(step)s::interval, %(to)s) AND p.until > s.at
+ GROUP BY s.at ORDER BY s.at"""
+
+
+async def list_prices(
+    conn: Connection, models: Sequence[str], provider: str | None, span: tuple[datetime, datetime], step: timedelta
+) -> list[PriceStep]:
+    """What these models cost in each step of a time, by the prices that refreshes saw change."""
+    cursor = conn.cursor(row_factory=class_row(PriceStep))
+    begin, end = span
+    parameters = {"models": list(models), "provider": provider, "from": begin, "to": end, "step": step}
+    await cursor.execute(_PRICES, parameters)
     return await cursor.fetchall()
 
 
