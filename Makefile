@@ -22,6 +22,9 @@ test: $(VENV)/test.stamp ## set up and run all tests
 run: $(VENV)/run.stamp ## serve the whole broker on this machine, data in .gpubroker
 	@$(BIN)/gpubroker dev $(ARGS)
 
+bench: $(VENV)/test.stamp ## measure speed beside a hello's: a table, and bench.json (under 4 minutes)
+	@$(BIN)/python -m tests.bench $(ARGS)
+
 check: $(VENV)/test.stamp ## lint, types, import contracts, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

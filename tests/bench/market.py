@@ -1,0 +1,96 @@
+"""A market as it is: 100,000 offers of 12 vendors and 60 models, few of them with most of it, and questions to it."""
+
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import psycopg
+
+from gpubroker import gpus
+from gpubroker.money import format_usd
+from gpubroker.store.offers import Question
+
+OFFERS = 100_000
+_VENDORS, _MODELS = 12, 60
+_COLUMNS = """id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb, region, country, spot,
+price_micro_h, stopped_micro_h, min_billing_s, increment_s, supports, reliability, availability, changed_at"""
+_PLACES = (("eu-1", "FI"), ("eu-2", "DE"), ("us-1", "US"), ("us-2", "US"), ("ap-1", "JP"), ("ca-1", "CA"))
+_SUPPORTS = (["image", "ssh"], ["image", "exec", "logs", "ports"], ["image", "exec", "logs", "ports", "stop", "ssh"])
+
+
+def fill(database_url: str) -> None:
+    """Write the market, always the same one."""
+    chance = random.Random(1)
+    models = list(gpus.models().values())[:_MODELS]
+    chance.shuffle(models)
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        accounts = [
+            conn.execute(
+                """INSERT INTO provider_account (id, provider, identity, refreshed_at, stale_after_s)
+                   VALUES (new_id('acc'), %s, 'bench', clock_timestamp(), 86400) RETURNING id, provider""",
+                (f"vendor{n}",),
+            ).fetchone()
+            for n in range(_VENDORS)
+        ]
+        with conn.cursor() as cursor, cursor.copy(f"COPY offer ({_COLUMNS}) FROM STDIN") as copy:
+            for n in range(OFFERS):
+                account_id, provider = chance.choices(accounts, _falling(_VENDORS))[0] or ("", "")
+                model = chance.choices(models, _falling(_MODELS))[0]
+                count = chance.choices((1, 2, 4, 8), (6, 2, 2, 3))[0]
+                region, country = chance.choice(_PLACES)
+                copy.write_row((
+                    f"ofr_{n:026d}", account_id, provider, f"bench-{n}", model.name, count, model.vram_gb, 8 * count, 64 * count,
+                    500, region, country, chance.random() < 0.2, round(count * model.vram_gb * chance.uniform(15_000, 60_000)),
+                    None, 0, 1, chance.choice(_SUPPORTS), chance.uniform(0.9, 1),
+                    chance.choices(("none", "low", "medium", "high"), (3, 2, 2, 5))[0], "2026-01-01",
+                ))  # fmt: skip
+        conn.execute(
+            "INSERT INTO offer_shape SELECT DISTINCT gpu, gpu_count, vram_gb FROM offer ON CONFLICT DO NOTHING"
+        )
+        conn.execute("VACUUM ANALYZE offer")
+        conn.execute("ANALYZE")
+
+
+def _falling(n: int) -> list[float]:
+    """Each has its share: the first most, the next half as much, then a third."""
+    return [1 / place for place in range(1, n + 1)]
+
+
+class Asked(NamedTuple):
+    """The same search for the store and for HTTP: the first 20, with three filters."""
+
+    question: Question
+    path: str
+
+
+def questions(count: int) -> list[Asked]:
+    """So many different ones, always the same."""
+    made: dict[str, Asked] = {}
+    for filters in _filters(random.Random(2)):
+        shown = {name: format_usd(value) if "usd" in name else value for name, value in filters.items()}
+        if "gpu" in shown:
+            shown["gpu"] = shown["gpu"][0]
+        if "supports" in shown:
+            shown["supports"] = ",".join(shown["supports"])
+        path = f"/v1/offers?{urlencode(shown)}&limit=20"
+        made[path] = Asked(Question(filters, limit=21), path)
+        if len(made) == count:
+            break
+    return list(made.values())
+
+
+def _filters(chance: random.Random) -> Iterator[dict[str, Any]]:
+    """Values in the units of the columns, as `store.offers.FILTERS` says."""
+    models = list(gpus.models().values())[:_MODELS]
+    while True:
+        model, count = chance.choice(models), chance.choice((1, 2, 4))
+        price = model.vram_gb * chance.randrange(40_000, 60_000, 100)
+        yield {"gpu": [model.name], "min_gpu_count": count, "max_price_usd_per_hour": 8 * price}
+        yield {"gpu": [model.name], "country": chance.choice(_PLACES)[1], "max_price_usd_per_gpu_hour": price}
+        yield {
+            "min_vram_gb": chance.choice((24, 40, 48, 80)),
+            "supports": ["exec"],
+            "max_price_usd_per_gpu_hour": price * 2,
+        }
+        yield {"gpu": [model.name], "supports": ["exec", "logs"], "min_reliability": chance.randrange(900, 960) / 1000}
