@@ -127,6 +127,23 @@ def reconcile() -> None:
     operating.run(operating.reconcile)
 
 
+@app.command()
+def deadman(as_json: AsJson = False) -> int:
+    """Destroy what is past its hard stop at every provider that is on: needs their keys and GPUBROKER_OWNER, nothing else."""
+    from gpubroker import operating
+
+    reports = operating.run_alone(operating.switch_off)
+    if as_json:
+        print(json.dumps([operating.describe(report) for report in reports], default=str))
+    for report in reports if not as_json else []:
+        print(
+            f"{report.provider}: {report.error or f'{report.listed} of ours, {len(report.ended)} past their hard stop'}"
+        )
+        for end in report.ended:
+            print(f"  {end.instance_id} ({end.ref}): {end.error or 'destroyed'}")
+    return 0 if all(report.is_good for report in reports) else 1
+
+
 @catalog_app.command("refresh")
 def refresh(as_json: AsJson = False) -> None:
     """Refresh the offers of every provider that is on."""

@@ -1,10 +1,11 @@
-"""One-off work for operators, in a process of its own: a sweep, a refresh."""
+"""One-off work for operators, in a process of its own: a sweep, a refresh, the dead man's switch."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from gpubroker import adapters, catalog, config, errors, outbox, reconciling, serving, store
+from gpubroker import adapters, catalog, config, deadman, errors, outbox, reconciling, serving, store
+from gpubroker.providers import registry
 
 T = TypeVar("T")
 
@@ -28,6 +29,34 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
             await store.close()
 
     return asyncio.run(all_of_it())
+
+
+def run_alone(work: Callable[[], Awaitable[T]]) -> T:
+    """Run the work with the vendors' keys and our owner alone: no database, no Redis, no Broker."""
+    config.settings().need("GPUBROKER_OWNER")
+    serving.set_up_logging()
+
+    async def all_of_it() -> T:
+        try:
+            return await work()
+        finally:
+            await adapters.close()
+
+    return asyncio.run(all_of_it())
+
+
+async def switch_off() -> list[deadman.Report]:
+    """The dead man's switch, over every provider that is on."""
+    settings = config.settings()
+    names = registry.enabled(settings)
+    if not names:
+        raise errors.SetupError("no provider is on: set a vendor's credential (docs/providers.md lists them)")
+    return await deadman.switch_off([adapters.mine().get(name) for name in names], settings.owner or "")
+
+
+def describe(report: deadman.Report) -> dict[str, object]:
+    """A report of the dead man's switch as JSON."""
+    return {**report._asdict(), "ended": [end._asdict() for end in report.ended]}
 
 
 async def reconcile() -> None:
