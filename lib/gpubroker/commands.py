@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -87,7 +88,16 @@ def migrate() -> None:
 
     settings = config.settings()
     settings.need("DATABASE_URL")
-    applied = migrations.migrate(settings.database_url or "")
+    until = time.monotonic() + settings.start_seconds
+    while True:
+        try:
+            applied = migrations.migrate(settings.database_url or "")
+            break
+        except SetupError as error:
+            if time.monotonic() >= until:
+                raise
+            print(f"gpubroker: {error}; trying again", file=sys.stderr, flush=True)
+            time.sleep(1)
     print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
     if settings.owner and (owner := accounts.install(settings.database_url or "", settings.owner)) != settings.owner:
         raise SetupError(f"GPUBROKER_OWNER is {settings.owner}, the database belongs to {owner}")

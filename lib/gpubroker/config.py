@@ -33,6 +33,8 @@ class Settings:
     tick_seconds: int = 60
     stray_grace_seconds: int = 600
     pool_size: int = 4
+    start_seconds: int = 0
+    """How long a process that cannot use its database yet tries again before it ends."""
     variables: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     """The variables that this was read from, for the settings of single providers."""
 
@@ -93,6 +95,7 @@ def read(variables: Mapping[str, str]) -> Settings:
         tick_seconds=number("GPUBROKER_TICK_SECONDS", 60, 1, 3600),
         stray_grace_seconds=number("GPUBROKER_STRAY_GRACE_SECONDS", 600, 0, 86400),
         pool_size=number("GPUBROKER_POOL_SIZE", 4, 1, 64),
+        start_seconds=number("GPUBROKER_START_SECONDS", 0, 0, 3600),
         variables=dict(variables),
     )
     if wrong:

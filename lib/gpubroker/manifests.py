@@ -20,6 +20,7 @@ _SECRET: Final = "gpubroker"  # noqa: S105 - the name of a Secret, not one
 _VENDORS: Final = "gpubroker-vendors"
 _BROKER: Final = "default"
 _NAMESPACE: Final = "gpubroker"
+_START_SECONDS: Final = 600
 _PART: Final = {"app.kubernetes.io/part-of": "gpubroker"}
 _BY_HAND: Final = ("namespaces", "access", "network", "jobs")
 """What stands beside the generated Services in knative/base, written by hand."""
@@ -199,6 +200,7 @@ def _container(function: bundle.Function) -> Manifest:
             _from_secret("GPUBROKER_OWNER"),
             _from_config("GPUBROKER_PUBLIC_URL", optional=True),
             _from_config("K_SINK"),
+            {"name": "GPUBROKER_START_SECONDS", "value": str(_START_SECONDS)},
         ],
         # It listens once the database was reached: more would make a database that is away a restart of everything.
         "readinessProbe": {"tcpSocket": {"port": 0}},

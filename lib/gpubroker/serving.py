@@ -1,9 +1,11 @@
 """One function as a process: `gpubroker serve <name>`, under uvicorn with uvloop and httptools."""
 
+import asyncio
 import gc
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 ANYWHERE = "0.0.0.0"  # noqa: S104 - a container's port
 _GRACE_SECONDS = 15
+_PAUSE_SECONDS = 1.0
+
+log = logging.getLogger("gpubroker.serving")
 
 
 def load(name: str, source: Path | None = None) -> ASGIApp:
@@ -95,15 +100,30 @@ def _outlive(number: int, frame: object) -> None:
     del number, frame
 
 
+async def _reach_database() -> None:
+    """Wait for a database that can be used, so that a restart of it, or its migration, crashes nobody in a loop."""
+    from gpubroker import store  # noqa: PLC0415 - as in _run
+
+    until = time.monotonic() + config.settings().start_seconds
+    while True:
+        try:
+            await store.pool()
+        except (errors.Unavailable, errors.SetupError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()
+            why = f"the database cannot be reached: {reason[-1] if reason else 'no answer'}"
+            line = str(error) if isinstance(error, errors.SetupError) else why
+            if time.monotonic() >= until:
+                raise errors.SetupError(line) from None
+            log.warning("%s; trying again", line)
+            await asyncio.sleep(_PAUSE_SECONDS)
+        else:
+            return
+
+
 async def _run(server: "uvicorn.Server") -> None:
     from gpubroker import adapters, outbox, rates, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
 
-    try:
-        await store.pool()
-    except errors.Unavailable as error:
-        reason = str(error.__cause__ or error).strip().splitlines()
-        line = f"the database cannot be reached: {reason[-1] if reason else 'no answer'}"
-        raise errors.SetupError(line) from None
+    await _reach_database()
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGTERM, _outlive)
