@@ -13,6 +13,7 @@ Prefix = Literal["org", "agt", "key", "ofr", "qte", "pod", "att", "ins", "use", 
 
 ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
 _BASE36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
+_REF: Final = re.compile(r"(?<![a-z0-9-])gb-[a-z0-9]{8}-[a-z0-9]{1,28}-[0-9a-z]{1,9}(?![a-z0-9-])", re.ASCII)
 _SHAPE: Final = re.compile(r"[a-z]{3}_[0-7][0-9a-hjkmnp-tv-z]{25}")
 
 
@@ -43,3 +44,9 @@ def base36(number: int) -> str:
 def is_id(prefix: Prefix, text: str) -> bool:
     """Say whether `text` has the shape of an id of this type (not whether there is such a thing)."""
     return text.startswith(prefix + "_") and _SHAPE.fullmatch(text) is not None
+
+
+def find_ref(*texts: str | None) -> str | None:
+    """The first reference of an attempt in the names and labels of an instance: `gb-<owner>-<attempt>-<hard stop, base 36>`."""
+    found = (_REF.search(text) for text in texts if text)
+    return next((match[0] for match in found if match), None)

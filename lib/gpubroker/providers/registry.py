@@ -1,5 +1,7 @@
 """From a provider's name to its adapter. A file in this package is a provider: there is no other place to register.
 
+What providers share are packages (`http`), or the two modules that every provider needs: `base` and this.
+
 Adapters are imported when they are needed: a function that serves one vendor's pod never loads another's library.
 """
 
@@ -12,12 +14,12 @@ from gpubroker.config import Settings
 from gpubroker.errors import SetupError
 from gpubroker.providers.base import Provider
 
-_NOT_PROVIDERS = frozenset({"base", "registry", "cloudinit", "http"})
+_NOT_PROVIDERS = frozenset({"base", "registry"})
 
 
 def names() -> tuple[str, ...]:
     """Name every provider that there is, configured or not."""
-    found = (module.name for module in pkgutil.iter_modules(providers.__path__))
+    found = (module.name for module in pkgutil.iter_modules(providers.__path__) if not module.ispkg)
     return tuple(sorted(name for name in found if name not in _NOT_PROVIDERS))
 
 
