@@ -53,6 +53,16 @@ class UsageData(Data):
     spent_usd: Usd
 
 
+class BudgetData(Data):
+    """An agent's budget in its present period. What is committed is held or spent."""
+
+    agent_id: str
+    limit_usd: Usd
+    committed_usd: Usd
+    period: str
+    period_start: Moment | None = None
+
+
 class AgentData(Data):
     """An agent, and the one that acted on it."""
 
@@ -106,6 +116,8 @@ EVENTS: Final = (
     EventType("pod.terminating", PodData, ("pods", "reconcile"), ("provisioning",), "The pod's end is wanted."),
     EventType("pod.terminated", PodData, _DRIVERS, (), "The instance is gone by evidence, billed, and the hold is closed."),
     EventType("usage.recorded", UsageData, ("metering", "reconcile"), (), "An instance was billed up to a moment."),
+    EventType("budget.threshold", BudgetData, ("reconcile",), (), "Four fifths of a budget are held or spent."),
+    EventType("budget.exhausted", BudgetData, ("reconcile",), (), "What is left of a budget pays for no offer any more."),
     EventType("agent.revoked", AgentData, ("auth",), (), "The agent's credentials are refused from now on; its pods end."),
     EventType("offers.refreshed", OffersData, ("catalog",), (), "A provider's offers changed."),
     EventType("provider.unhealthy", ProviderData, ("catalog", "reconcile"), (), "A provider fails, or is not believed."),

@@ -11,10 +11,13 @@ from collections.abc import Awaitable, Sequence
 from typing import Final
 
 from gpubroker import config, errors, metering, outbox, provisioning, store
+from gpubroker.events import BudgetData
+from gpubroker.holds import SHORTEST_LIFE_SECONDS
 from gpubroker.providers import registry
 from gpubroker.providers.registry import Adapters
 from gpubroker.provisioning import Driver
 from gpubroker.store import billing as billing_rows
+from gpubroker.store import budgets as budget_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
 from gpubroker.store import tokens as token_rows
@@ -26,6 +29,7 @@ _AT_ONCE: Final = 16
 _BATCH: Final = 500
 _LOOK_SECONDS: Final = 3.0
 _LONGEST_SECONDS: Final = 50.0
+_TIGHT_PERCENT: Final = 80
 
 
 async def reconcile(adapters: Adapters) -> None:
@@ -88,9 +92,20 @@ async def _tidy() -> None:
         for month in await billing_rows.close_months(tx.conn):
             log.info("%s is closed", month)
         await event_rows.prune(tx)
+        await _tell_of_budgets(tx)
         await token_rows.prune_tokens(tx.conn)
     if overdue:
         outbox.publish_soon(overdue)
+
+
+async def _tell_of_budgets(tx: store.Transaction) -> None:
+    """Write an event of each budget that has become tight or empty: once for each period and limit."""
+    for news in await budget_rows.take_news(tx.conn, _TIGHT_PERCENT, SHORTEST_LIFE_SECONDS):
+        data = BudgetData(
+            agent_id=news.agent_id, limit_usd=news.limit_micro, committed_usd=news.committed_micro, period=news.period,
+            period_start=news.period_start,
+        )  # fmt: skip
+        await outbox.write(tx, f"budget.{news.what}", news.agent_id, data, tenant=news.org_id, agent_id=news.agent_id)
 
 
 async def _is_anything_due_soon() -> bool:

@@ -23,7 +23,7 @@ GLOBAL = {
     "month_closed",
 }
 """What callers of all organisations may read: it is nobody's."""
-WORKERS_ONLY = {"tick", "listing"}
+WORKERS_ONLY = {"tick", "listing", "budget_news"}
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Rows of `budget`; the rules stand in the migrations' functions."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Final, NamedTuple
 
 from psycopg.rows import class_row
@@ -80,3 +81,48 @@ async def enter_root(conn: Connection, agent_id: str) -> bool:
     """Stand in the organisation of this root agent for the rest of the transaction; for callers with `admin` alone."""
     row = await (await conn.execute("SELECT enter_root(%s)", (agent_id,))).fetchone()
     return row is not None and bool(row[0])
+
+
+# A budget is exhausted when what is left does not pay the shortest life of the cheapest offer that can be had.
+_TAKE_NEWS: Final = """
+WITH standing AS (
+    SELECT b.agent_id, a.org_id, b.limit_micro, b.period, start_of(b.period, instant()) AS period_start,
+           CASE WHEN b.period_start >= start_of(b.period, instant()) THEN b.committed_micro ELSE 0 END AS committed_micro
+      FROM budget b JOIN agent a ON a.id = b.agent_id WHERE b.limit_micro > 0 AND a.revoked_at IS NULL
+), cheapest AS (
+    SELECT coalesce(min(price_micro_h), 0) * %(shortest)s / 3600 AS micro
+      FROM offer WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none'
+), news AS (
+    INSERT INTO budget_news AS n (agent_id, what, limit_micro, period_start)
+    SELECT s.agent_id, w.what, s.limit_micro, s.period_start
+      FROM standing s CROSS JOIN cheapest c
+     CROSS JOIN LATERAL (VALUES ('threshold', s.committed_micro >= s.limit_micro * %(percent)s / 100),
+                                ('exhausted', s.limit_micro - s.committed_micro <= c.micro)) w (what, is_so)
+     WHERE w.is_so
+        ON CONFLICT (agent_id, what) DO UPDATE
+           SET limit_micro = excluded.limit_micro, period_start = excluded.period_start, at = excluded.at
+         WHERE (n.limit_micro, n.period_start) IS DISTINCT FROM (excluded.limit_micro, excluded.period_start)
+    RETURNING n.agent_id, n.what
+)
+SELECT n.what, s.org_id, s.agent_id, s.limit_micro, s.period, nullif(s.period_start, '-infinity') AS period_start,
+       s.committed_micro
+  FROM news n JOIN standing s USING (agent_id) ORDER BY s.agent_id, n.what"""
+
+
+class News(NamedTuple):
+    """Something that has become so of a budget: `threshold` or `exhausted`."""
+
+    what: str
+    org_id: str
+    agent_id: str
+    limit_micro: int
+    period: str
+    period_start: datetime | None
+    committed_micro: int
+
+
+async def take_news(conn: Connection, percent: int, shortest_seconds: int) -> list[News]:
+    """What has become so of budgets and was not told in their period and of their limit yet; it counts as told now."""
+    cursor = conn.cursor(row_factory=class_row(News))
+    await cursor.execute(_TAKE_NEWS, {"percent": percent, "shortest": shortest_seconds})
+    return await cursor.fetchall()
