@@ -85,6 +85,11 @@ _PLAIN: Final[Mapping[str, LiteralString]] = {
     "max_price_usd_per_gpu_hour": "o.per_gpu <= %(max_price_usd_per_gpu_hour)s AND o.gpu_count > 0",
 }
 """What filters say where no disk is asked for, so that an index serves them."""
+_PLAIN_WITHIN: Final[Mapping[str, LiteralString]] = {
+    **_PLAIN,
+    "max_price_usd_per_gpu_hour": "o.price_micro_h < (%(max_price_usd_per_gpu_hour)s::bigint + 1) * s.gpu_count",
+}
+"""The same within a shape `s`: its own index goes by the price of the whole."""
 _SHAPES: Final[Mapping[str, LiteralString]] = {
     "gpu": "gpu = ANY (%(gpu)s)",
     "gpu_count": "gpu_count = %(gpu_count)s",
@@ -100,26 +105,32 @@ async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]
     if question.after is not None:
         rules += " AND (" + by + ", o.id) " + ("<" if question.descending else ">") + " (%(after_value)s, %(after_id)s)"
     way = " DESC" if question.descending else ""
-    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way + " LIMIT %(limit)s"
+    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way
     columns: LiteralString = _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place"
     return await _fetch(conn, columns + _compose(question.filters, question.disk_gb, rules, order), question)
 
 
 def _compose(filters: Mapping[str, Any], disk_gb: int, rules: LiteralString, order: LiteralString) -> LiteralString:
-    """FROM to LIMIT of a search: along the order's index, or, where a filter speaks of GPUs, along it within each shape."""
+    """FROM to LIMIT of a search: along the index of its order, or, where a filter speaks of GPUs, within each shape."""
     shaping = [name for name in _SHAPES if _has_gpu(filters, name)]
+    plain = _PLAIN_WITHIN if shaping else _PLAIN
     for name, rule in FILTERS.items():
         if name in filters and (
             name not in shaping or name == "min_vram_gb"
         ):  # an unknown model comes in several sizes
-            plain: LiteralString = rule if disk_gb else _PLAIN.get(name, rule)
-            rules += " AND " + plain
+            said: LiteralString = rule if disk_gb else plain.get(name, rule)
+            rules += " AND " + said
+    order_limit: LiteralString = order + " LIMIT %(limit)s"
     if not shaping:
-        return _FROM + rules + order
-    shape: LiteralString = "SELECT DISTINCT gpu, gpu_count FROM offer_shape WHERE true"
+        return _FROM + rules + order_limit
+    shapes: LiteralString = "(SELECT DISTINCT gpu, gpu_count FROM offer_shape WHERE true"
     for name in shaping:
-        shape += " AND " + _SHAPES[name]
-    return " FROM (" + shape + ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order + ") o" + _OF_ACCOUNT + order
+        shapes += " AND " + _SHAPES[name]
+    shapes += ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order
+    if "gpu" not in shaping:  # many shapes: the first n of all stand in the n shapes whose own first ones come first
+        shapes = "(SELECT s.gpu, s.gpu_count FROM " + shapes + " LIMIT 1) o" + order_limit
+        shapes += ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order
+    return " FROM " + shapes + " LIMIT %(limit)s) o" + _OF_ACCOUNT + order_limit
 
 
 def _has_gpu(filters: Mapping[str, Any], name: str) -> bool:
@@ -285,7 +296,7 @@ _OF_THESE: Final = " AND o.account_id = ANY (%(accounts)s)"
 async def list_candidates(conn: Connection, filters: Mapping[str, Any], disk_gb: int, limit: int) -> list[Candidate]:
     """The offers that a pod may use, cheapest first; those of a provider that was not refreshed lately come last."""
     by = (_SORTS_WITH_DISK if disk_gb else _SORTS)["price"]
-    order: LiteralString = " ORDER BY " + by + ", o.id LIMIT %(limit)s"
+    order: LiteralString = " ORDER BY " + by + ", o.id"
     sql: LiteralString = _CANDIDATE + _compose(filters, disk_gb, _OPEN + _AVAILABLE + _OF_THESE, order)
     row = await (await conn.execute(_FRESH)).fetchone()
     found: list[Candidate] = []
