@@ -23,7 +23,7 @@ GLOBAL = {
     "month_closed",
 }
 """What callers of all organisations may read: it is nobody's."""
-WORKERS_ONLY = {"tick", "listing", "budget_news"}
+WORKERS_ONLY = {"tick", "listing"}
 
 
 @pytest.fixture
@@ -62,6 +62,10 @@ def fill(books: Books) -> dict[str, dict]:
         """INSERT INTO quote (id, org_id, agent_id, offer_id, offer, price_micro_h, seconds, expires_at)
            VALUES (%s, %s, %s, 'ofr', '{}', 1, 1, '2100-01-01')""",
         new_id("qte"), org_id, agent_id,
+    )  # fmt: skip
+    books.query(
+        "INSERT INTO budget_news (agent_id, org_id, what, limit_micro, period_start) VALUES (%s, %s, 'threshold', 1, '2026-01-01')",
+        agent_id, org_id,
     )  # fmt: skip
     books.query("INSERT INTO pod_label VALUES (%s, %s, 'k', 'v')", org_id, pod_id)
     books.query("INSERT INTO pod_log VALUES (%s, %s, 0, 'x', %s)", pod_id, org_id, NOON)

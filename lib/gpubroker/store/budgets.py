@@ -93,8 +93,8 @@ WITH standing AS (
     SELECT coalesce(min(price_micro_h), 0) * %(shortest)s / 3600 AS micro
       FROM offer WHERE gone_at IS NULL AND quarantined IS NULL AND availability <> 'none'
 ), news AS (
-    INSERT INTO budget_news AS n (agent_id, what, limit_micro, period_start)
-    SELECT s.agent_id, w.what, s.limit_micro, s.period_start
+    INSERT INTO budget_news AS n (agent_id, org_id, what, limit_micro, period_start)
+    SELECT s.agent_id, s.org_id, w.what, s.limit_micro, s.period_start
       FROM standing s CROSS JOIN cheapest c
      CROSS JOIN LATERAL (VALUES ('threshold', s.committed_micro >= s.limit_micro * %(percent)s / 100),
                                 ('exhausted', s.limit_micro - s.committed_micro <= c.micro)) w (what, is_so)
