@@ -188,7 +188,10 @@ async def list_gpus(tx: store.Transaction, after: str | None, limit: int) -> Pag
 async def list_providers(tx: store.Transaction) -> Page[ProviderView]:
     """Every provider there is: whether it is configured, how it does, and what it can do."""
     from gpubroker.providers import registry  # noqa: PLC0415 - few ask for this
+    from gpubroker.providers.http import breakers  # noqa: PLC0415 - as above
 
     seen = {view.name: view for view in await rows.list_providers(tx.conn)}
-    names = sorted({*registry.names(), *seen})
-    return Page[ProviderView](items=[seen.get(name) or ProviderView.unconfigured(name) for name in names])
+    states = await breakers.read_states(seen) or {}
+    views = [view.model_copy(update={"breakers": states.get(name)}) for name, view in seen.items()]
+    views += [ProviderView.unconfigured(name) for name in registry.names() if name not in seen]
+    return Page[ProviderView](items=sorted(views, key=lambda view: view.name))

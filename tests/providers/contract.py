@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tests.factories import World
 from tests.providers.vendors import described, server
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 
-from gpubroker import config, gpus
+from gpubroker import catalog, config, gpus, sweep
 from gpubroker.errors import (
     AmbiguousOutcome,
     CannotDo,
@@ -747,6 +748,52 @@ class ProviderContract:
             assert rejected.value.code == "no_capacity"
 
     # The whole
+
+    async def test_a_pod_lives_and_dies_through_the_broker(
+        self, world: World, sim: Vendor, adapter: HttpProvider
+    ) -> None:
+        world.adapters._made = {adapter.name: adapter}
+        await catalog.refresh_offers(adapter, 60)
+        offer = await self.offer(adapter)
+        model = gpus.recognise(offer.gpu or "", offer.vram_gb)
+        asked = self.spec(adapter)
+        pod = await world.root.pod(
+            requirements={"gpu": [model.name if model else ""], "gpu_count": offer.gpu_count},
+            image=asked.image,
+            command=list(asked.command) or None,
+            env=ENV,
+            max_lifetime_seconds=2 * HOUR,
+        )
+        await world.drive_due()
+        seen = await world.root.get(f"/v1/pods/{pod['id']}")
+        assert (seen["state"], len(sim.alive())) == ("running", 1)
+        assert sim.received(sim.alive()[0])["env"] == ENV
+
+        async def pass_time(seconds: int) -> None:
+            world.query("UPDATE clock SET shift = shift + %s", timedelta(seconds=seconds))
+            sim.shift += seconds
+
+        await pass_time(HOUR)
+        await sweep.sweep(world.adapters, adapter.name)
+        await world.root.delete(f"/v1/pods/{pod['id']}")
+        for _ in range(12):
+            await world.drive_due()
+            await sweep.sweep(world.adapters, adapter.name)
+            await world.drive_due()
+            seen = await world.root.get(f"/v1/pods/{pod['id']}")
+            if seen["state"] == "terminated":
+                break
+            await pass_time(70)
+        assert (seen["state"], sim.alive(), sim.count("create")) == ("terminated", [], 1)
+        world.check_money()
+        (machine,) = sim.machines.values()
+        spent = round(float(seen["spent_usd"]) * 1_000_000)
+        assert spent >= sim.bill(machine) - sim.bill(machine) // 500
+        assert (
+            spent
+            <= sim.bill(machine)
+            + offer.price_micro_h * (adapter.capabilities.termination_allowance_seconds + 60) // HOUR
+        )
 
     def test_its_capabilities_are_sane(self, sim: Vendor) -> None:
         can = sim.provider.capabilities

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from tests.factories import World
 
 from gpubroker import cache, config
 from gpubroker.errors import Throttled
@@ -94,3 +95,19 @@ async def test_half_open_lets_one_call_try(anyio_backend: str, monkeypatch: pyte
     assert mine.wait("read") > 0
     await mine.succeed("read")
     assert mine.wait("read") == 0
+
+
+async def test_the_offers_function_shows_breakers(world: World, redis_url: str) -> None:
+    client, name = world.root, world.provider.name
+    (shown,) = [p for p in (await client.get("/v1/providers"))["items"] if p["name"] == name]
+    assert shown["breakers"] is None
+    config.use(config.with_variables(config.settings(), REDIS_URL=redis_url))
+    until = time.monotonic() + 20
+    while await cache.shared.reach() is None:
+        assert time.monotonic() < until
+    mine = Breakers(name)
+    for _ in range(breakers.FAILURES):
+        await mine.fail("offers")
+    (shown,) = [p for p in (await client.get("/v1/providers"))["items"] if p["name"] == name]
+    assert shown["breakers"] == {"offers": "open", "read": "closed", "act": "closed", "create": "closed"}
+    await mine.succeed("offers")

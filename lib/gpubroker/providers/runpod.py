@@ -8,42 +8,29 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Final, Literal
+from itertools import product
+from typing import Any, ClassVar, Final
 
 from gpubroker.errors import ProviderError, Rejected
 from gpubroker.ids import find_ref
 from gpubroker.providers import base
 from gpubroker.providers.base import Capabilities, Endpoint, Instance, ProviderOffer
 from gpubroker.providers.http.adapter import Answer, Document, HttpProvider, Kind, Limit
-from gpubroker.providers.http.reading import cut_log, event_data, segment
+from gpubroker.providers.http.reading import cut_log, event_data, read_nothing, segment
 
 _SUPPORTS: Final = frozenset[base.Support]({"command", "image", "ports", "logs", "stop", "ssh"})
-_CLOUDS: Final = ("secure", "community")
 _COUNTS: Final = (1, 2, 4, 8)
 _DISK_GB: Final = 20
 """Of each disk: the container's, and the least at `/workspace`. Both are in the price."""
-_MOST_DISK_GB: Final = 2000
 _GB_MICRO_H: Final = 139
 """$0.10 a GB and month of 30 days, running; a stopped pod's volume is $0.20, its container disk nothing."""
 _LIVES: Final[Mapping[str, base.Life]] = {
-    "PROVISIONING": "starting",
-    "STARTING": "starting",
-    "RUNNING": "running",
-    "EXITED": "stopped",
-    "ERROR": "failed",
-    "TERMINATED": "gone",
-}
-_AVAILABILITY: Final[Mapping[str, base.Availability]] = {
-    "NONE": "none",
-    "LOW": "low",
-    "MEDIUM": "medium",
-    "HIGH": "high",
-}
+    "PROVISIONING": "starting", "STARTING": "starting", "RUNNING": "running",
+    "EXITED": "stopped", "ERROR": "failed", "TERMINATED": "gone",
+}  # fmt: skip
+_LEVELS: Final[Mapping[str, base.Availability]] = {"NONE": "none", "LOW": "low", "MEDIUM": "medium", "HIGH": "high"}
 _REGIONS: Final = frozenset({"EU", "EUR", "AP", "OC", "SEA", "NA", "SA", "ME", "AF"})
-_ANYWHERE: Final = "any"
 _OFFER: Final = re.compile(r"(secure|community)/(\d{1,2})x/(.+)")
-_LOG_BYTES: Final = 16 * 1024 * 1024
-_BAD_REQUEST, _BARRED, _CONFLICT = 400, 403, 409
 
 
 class Runpod(HttpProvider):
@@ -69,53 +56,36 @@ class Runpod(HttpProvider):
     @classmethod
     def judge(cls, kind: Kind, answer: Answer) -> ProviderError | None:
         """No capacity is 400 without a code, for a create as for a start; a 403 to a create bars one kind of GPU."""
-        if kind in {"create", "act"} and answer.status == _BAD_REQUEST:
-            return Rejected("no_capacity", answer.detail())
-        if kind == "create" and answer.status == _BARRED:
-            return Rejected("pool_barred", answer.detail())
-        return None
+        meaning = {("create", 400): "no_capacity", ("act", 400): "no_capacity", ("create", 403): "pool_barred"}
+        code = meaning.get((kind, answer.status))
+        return Rejected(code, answer.detail()) if code else None
 
     async def list_offers(self) -> Sequence[ProviderOffer]:
         """Every GPU in both clouds, 1, 2, 4 and 8 of them, in each data centre that has them."""
         found: list[ProviderOffer] = []
-        for cloud in _CLOUDS:
-            for count in _COUNTS:
-                gpus = await self.http.call(
-                    "offers",
-                    "GET",
-                    "/v2/catalog/gpus",
-                    query={"include": "AVAILABILITY", "product": "POD", "count": count, "cloud": cloud.upper()},
-                    read=lambda answer: answer.document().children("gpus"),
-                )
-                found += [offer for gpu in gpus for offer in _offers(gpu, cloud, count)]
+        for cloud, count in product(("secure", "community"), _COUNTS):
+            query = {"include": "AVAILABILITY", "product": "POD", "count": count, "cloud": cloud.upper()}
+            gpus = await self.http.call("offers", "GET", "/v2/catalog/gpus", query=query, read=_read_gpus)
+            found += [offer for gpu in gpus for offer in _offers(gpu, cloud, count)]
         return found
 
     async def create(self, spec: base.Spec, offer: ProviderOffer, ref: str) -> base.Created:
         """Create a pod whose name is the reference."""
-        body = _body(spec, offer, ref)
-        return await self.http.call(
-            "create", "POST", "/v2/pods", body=body, read=_read_created, hidden=tuple(spec.env.values())
-        )
+        body, hidden = _body(spec, offer, ref), tuple(spec.env.values())
+        return await self.http.call("create", "POST", "/v2/pods", body=body, read=_read_created, hidden=hidden)
 
     async def list_ours(self) -> Sequence[Instance]:
         """Every pod with a name of ours: one page, and no filter."""
-
-        def read(answer: Answer) -> list[Instance]:
-            return [_instance(pod) for pod in answer.document().children("pods") if find_ref(pod.text("name"))]
-
-        return await self.http.call("read", "GET", "/v2/pods", read=read)
+        return await self.http.call("read", "GET", "/v2/pods", read=_read_list)
 
     async def get(self, instance_id: str) -> Instance:
         """One pod now."""
-        return await self.http.call(
-            "read", "GET", _path(instance_id), instance_id=instance_id, read=lambda answer: _instance(answer.document())
-        )
+        return await self.http.call("read", "GET", _path(instance_id), instance_id=instance_id, read=_read_one)
 
     async def terminate(self, instance_id: str) -> None:
         """Delete the pod and its disks."""
-        await self.http.call(
-            "act", "DELETE", _path(instance_id), instance_id=instance_id, manner="urgent", read=lambda _: None
-        )
+        path = _path(instance_id)
+        await self.http.call("act", "DELETE", path, instance_id=instance_id, manner="urgent", read=read_nothing)
 
     async def stop(self, instance_id: str) -> None:
         """Stop it; `/workspace` stays and is billed."""
@@ -129,21 +99,14 @@ class Runpod(HttpProvider):
         """Restart the container in place."""
         await self._act(instance_id, "restart", ())
 
-    async def _act(
-        self, instance_id: str, action: Literal["start", "stop", "restart"], done: Sequence[base.Life]
-    ) -> None:
+    async def _act(self, instance_id: str, action: str, done: Sequence[base.Life]) -> None:
+        path, manner = f"{_path(instance_id)}/action", "repeatable" if done else "once"
         try:
             await self.http.call(
-                "act",
-                "POST",
-                f"{_path(instance_id)}/action",
-                body={"action": action},
-                instance_id=instance_id,
-                manner="repeatable" if done else "once",
-                read=lambda _: None,
+                "act", "POST", path, body={"action": action}, instance_id=instance_id, manner=manner, read=read_nothing
             )
         except Rejected as rejected:  # 409: not in this state; when it is what was wanted, it is done
-            if rejected.code != f"http_{_CONFLICT}" or (await self.get(instance_id)).life not in done:
+            if rejected.code != "http_409" or (await self.get(instance_id)).life not in done:
                 raise
 
     async def logs(self, instance_id: str, *, after: int | None, since: datetime | None, limit: int) -> base.LogPage:
@@ -153,7 +116,7 @@ class Runpod(HttpProvider):
             query={"source": "container", "since": "1970-01-01T00:00:00Z"},
             instance_id=instance_id,
             quiet_seconds=self.quiet_seconds,
-            cap=_LOG_BYTES,
+            cap=16 * 1024 * 1024,
         )
         return cut_log([_line(said) for said in event_data(stream)], after, since, limit)
 
@@ -162,20 +125,24 @@ def _path(instance_id: str) -> str:
     return f"/v2/pods/{segment(instance_id)}"
 
 
+def _read_gpus(answer: Answer) -> list[Document]:
+    return answer.document().children("gpus")
+
+
 def _offers(gpu: Document, cloud: str, count: int) -> Iterator[ProviderOffer]:
     price = gpu.child("price")
     if not gpu.flag(cloud) or gpu.child("maxCount").whole(cloud) < count or not price.usd(cloud):
         return
     centres = gpu.children("dataCenters") if gpu.has("dataCenters") else []
     for centre in centres or [gpu]:
-        region = centre.text("id") if centres else _ANYWHERE
+        region = centre.text("id") if centres else "any"
         yield ProviderOffer(
             provider_offer_id=f"{cloud}/{count}x/{gpu.text('id')}",
             gpu=gpu.text("id"),
             gpu_count=count,
             vcpus=0,  # the catalogue says neither
             ram_gb=0,
-            disk_gb=_MOST_DISK_GB,
+            disk_gb=2000,
             disk_base_gb=_DISK_GB,
             disk_micro_gb_h=_GB_MICRO_H,
             region=region,
@@ -183,9 +150,7 @@ def _offers(gpu: Document, cloud: str, count: int) -> Iterator[ProviderOffer]:
             price_micro_h=price.usd(cloud) * count + 2 * _DISK_GB * _GB_MICRO_H,
             stopped_micro_h=2 * _DISK_GB * _GB_MICRO_H,
             supports=_SUPPORTS,
-            availability=_AVAILABILITY.get(centre.text("availability"), "none")
-            if centre.has("availability")
-            else "none",
+            availability=_LEVELS.get(str(centre.values.get("availability")), "none"),
             vram_gb=gpu.whole("memory"),
         )
 
@@ -224,14 +189,21 @@ def _body(spec: base.Spec, offer: ProviderOffer, ref: str) -> dict[str, Any]:
     }
     if spec.command:
         body["args"] = shlex.join(spec.command)
-    if offer.region != _ANYWHERE:
+    if offer.region != "any":
         body["dataCenterIds"] = [offer.region]
     return body
 
 
+def _read_one(answer: Answer) -> Instance:
+    return _instance(answer.document())
+
+
+def _read_list(answer: Answer) -> list[Instance]:
+    return [_instance(pod) for pod in answer.document().children("pods") if find_ref(pod.text("name"))]
+
+
 def _read_created(answer: Answer) -> base.Created:
-    instance = _instance(answer.document())
-    return base.Created(instance.id, instance)
+    return base.Created((made := _read_one(answer)).id, made)
 
 
 def _instance(pod: Document) -> Instance:
@@ -254,25 +226,24 @@ def _billing(pod: Document, life: base.Life) -> base.Billing:
     if life in {"starting", "running", "failed"}:
         return "full"
     if life == "stopped":
-        return "storage" if pod.has("mounts") and pod.child("mounts").has("persistent") else "none"
+        return "storage" if pod.find("mounts", "persistent") is not None else "none"
     return "none" if life == "gone" else "unknown"
 
 
 def _endpoints(pod: Document) -> Iterator[Endpoint]:
-    ssh = pod.child("ssh").child("direct") if pod.has("ssh") and pod.child("ssh").has("direct") else None
-    command = ssh.text("command") if ssh is not None else None
-    runtime = pod.child("runtime") if pod.has("runtime") else None
+    ssh = pod.find("ssh", "direct")
+    runtime = pod.find("runtime")
     for port in runtime.children("ports") if runtime is not None and runtime.has("ports") else ():
         private, protocol = port.whole("private", most=65535), port.text("type")
         if protocol == "http":
             host = f"{pod.text('id')}-{private}.proxy.runpod.net"
             yield Endpoint(f"http-{private}", private, "http", host, 443, f"https://{host}")
         elif port.has("ip") and port.has("public"):
-            is_ssh = private == 22  # noqa: PLR2004 - ssh
-            yield Endpoint(
-                "ssh" if is_ssh else f"{protocol}-{private}", private, protocol, port.text("ip"),
-                port.whole("public", least=1, most=65535), command=command if is_ssh else None,
-            )  # fmt: skip
+            host, public = port.text("ip"), port.whole("public", least=1, most=65535)
+            if ssh is not None and ssh.whole("port") == public:
+                yield Endpoint("ssh", private, protocol, host, public, command=ssh.text("command"))
+            else:
+                yield Endpoint(f"{protocol}-{private}", private, protocol, host, public)
 
 
 def _line(said: Document) -> tuple[datetime | None, bytes]:

@@ -1,6 +1,6 @@
 """What can be rented: offers, GPU models, providers, and why nothing matched."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -100,6 +100,8 @@ class ProviderView(Output):
     offers: int
     capabilities: dict[str, Any]
     last_error: str | None
+    breakers: dict[str, Literal["closed", "open", "half_open"]] | None = None
+    """By kind of call (offers, read, act, create); null where Redis, through which processes tell it, cannot say."""
 
     @classmethod
     def unconfigured(cls, name: str) -> Self:

@@ -82,7 +82,7 @@ async def read_states(providers: Iterable[str]) -> Mapping[str, dict[Kind, State
     """What any process told of these providers' breakers; None when Redis cannot say."""
     asked: list[tuple[str, Kind]] = [(provider, kind) for provider in providers for kind in KINDS]
     redis = await cache.shared.reach()
-    if redis is None:
+    if redis is None or not asked:
         return None
     try:
         async with asyncio.timeout(cache.SECONDS):

@@ -143,6 +143,13 @@ class Document:
         """An object inside this one."""
         return Document.of(self.get(key), f"{self.place}.{key}")
 
+    def find(self, *keys: str) -> "Document | None":
+        """An object inside the objects inside this one; None where one of them is missing or null."""
+        found: Document | None = self
+        for key in keys:
+            found = found.child(key) if found is not None and found.has(key) else None
+        return found
+
     def children(self, key: str) -> list["Document"]:
         """A list of objects."""
         return [Document.of(item, f"{self.place}.{key}[{n}]") for n, item in enumerate(self._items(key))]
@@ -177,6 +184,11 @@ async def read_pages(read: Callable[[str | None], Awaitable[tuple[list[T], str |
             break
         seen.add(cursor)
     raise ProviderError("unreadable", "the listing has no end")
+
+
+def read_nothing(answer: object) -> None:
+    """For calls whose answer says no more than that it is done."""
+    del answer
 
 
 def segment(instance_id: str) -> str:
