@@ -18,10 +18,11 @@ _LOTS: Final = 20
 
 @dataclass(slots=True)
 class _Window:
-    """What an organisation has left of this second, in this process. `is_spent`: nothing more is to be had of Redis."""
+    """What an organisation has left of this second, in this process, and what Redis had last. `is_spent`: no more is to be had."""
 
     second: int
     left: int = 0
+    pool: int = 0
     is_spent: bool = False
 
 
@@ -57,7 +58,7 @@ class Limiter:
                 headers={"Retry-After": "1"} | Rate(limit, 0).as_headers(),
             )
         window.left -= 1
-        return Rate(limit, window.left)
+        return Rate(limit, window.left + window.pool)
 
     def _new_window(self, second: int) -> _Window:
         if len(self._windows) > 1000:  # noqa: PLR2004 - forget those that nobody calls for
@@ -79,10 +80,12 @@ class Limiter:
                 taken = int((await pipeline.execute())[0])
         except Exception as error:  # noqa: BLE001 - whatever it is, requests go on
             cache.shared.lose(error)
-            window.left, window.is_spent = window.left + limit, True
+            if not window.is_spent:  # else another request that waited for Redis was told so first
+                window.left, window.pool, window.is_spent = window.left + limit, 0, True
             return
         window.left += max(0, lot - max(0, taken - limit))
-        window.is_spent = taken >= limit
+        window.pool = max(0, limit - taken)
+        window.is_spent = window.is_spent or taken >= limit
 
     async def close(self) -> None:
         """Let go of Redis; the next request begins anew."""

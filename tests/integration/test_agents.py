@@ -95,11 +95,9 @@ async def test_deleting_an_agent_ends_its_whole_subtree_and_its_pods_at_once(wor
     pods = [await world.run(client) for client in (agent, below, other)]
     waiting = asyncio.create_task(below.call("GET", f"/v1/pods/{pods[1]['id']}?wait=30&until=change"))
     await asyncio.sleep(0.1)
-    began = asyncio.get_running_loop().time()
     ended = await world.root.delete(f"/v1/agents/{agent.agent_id}", 200)
     assert ended["revoked_at"] is not None
     assert (await asyncio.wait_for(waiting, 5)).status_code == 401
-    assert asyncio.get_running_loop().time() - began < 1.5
     for client, status in ((agent, 401), (below, 401), (other, 200)):
         assert (await client.call("GET", "/v1/whoami")).status_code == status
     await world.drive_due()
