@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from gpubroker import account_commands, agent_commands, config
+from gpubroker import account_commands, agent_commands, config, provider_commands
 from gpubroker.errors import SetupError
 from gpubroker.money import format_usd
 from gpubroker.options import AsJson, Period, read_usd
@@ -26,6 +26,7 @@ app.add_typer(agent_commands.app)
 app.add_typer(account_commands.app)
 app.add_typer(manifests_app, name="manifests")
 app.add_typer(catalog_app, name="catalog")
+app.add_typer(provider_commands.app, name="providers")
 
 Data = Annotated[Path, typer.Option("--data", help="The folder of `gpubroker dev`.")]
 DEFAULT_DATA: Final = Path(".gpubroker")

@@ -51,7 +51,7 @@ async def _switch_off(provider: Provider, owner: str) -> Report:
     try:
         listed = await asyncio.wait_for(provider.list_managed(owner), _LIST_SECONDS)
     except (errors.ProviderError, TimeoutError, OSError) as error:
-        return Report(provider.name, 0, (), f"the listing failed: {_describe(error)}")
+        return Report(provider.name, 0, (), f"the listing failed: {errors.describe(error)}")
     ours = [i for i in listed if i.ref is not None and i.ref.startswith(f"gb-{owner}-") and i.life != "gone"]
     now = times.now()
     late = [(instance, stop) for instance in ours if (stop := find_hard_stop(instance)) is not None and stop <= now]
@@ -68,7 +68,7 @@ async def _end(provider: Provider, instance: Instance, hard_stop_at: datetime, g
         except errors.InstanceNotFound:
             pass
         except (errors.ProviderError, TimeoutError, OSError) as failure:
-            error = _describe(failure)
+            error = errors.describe(failure)
     log.log(
         logging.WARNING if error is None else logging.ERROR,
         "%s at %s was to end at %s: %s", instance.id, provider.name, hard_stop_at.isoformat(), error or "destroyed",
@@ -83,7 +83,3 @@ def find_hard_stop(instance: Instance) -> datetime | None:
     except (ValueError, OverflowError, OSError):
         return None
     return max(named, instance.hard_stop_at or named)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()

@@ -329,3 +329,8 @@ class SetupError(GpubrokerError):
     def __init__(self, line: str, *, code: int = 1) -> None:
         super().__init__(line)
         self.code = code
+
+
+def describe(error: BaseException) -> str:
+    """An error in a line for an operator: what it is, and what it says."""
+    return f"{type(error).__name__} {error}".strip()

@@ -1,10 +1,10 @@
 """One-off work for operators, in a process of its own: a sweep, a refresh, the dead man's switch."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NoReturn, TypeVar
 
-from gpubroker import adapters, catalog, config, deadman, errors, outbox, reconciling, serving, store
+from gpubroker import adapters, catalog, config, deadman, errors, outbox, reconciling, serving, store, trial
 from gpubroker.providers import registry
 
 T = TypeVar("T")
@@ -48,10 +48,27 @@ def run_alone(work: Callable[[], Awaitable[T]]) -> T:
 async def switch_off() -> list[deadman.Report]:
     """The dead man's switch, over every provider that is on."""
     settings = config.settings()
-    names = registry.enabled(settings)
-    if not names:
-        raise errors.SetupError("no provider is on: set a vendor's credential (docs/providers.md lists them)")
+    names = registry.enabled(settings) or _refuse_none()
     return await deadman.switch_off([adapters.mine().get(name) for name in names], settings.owner or "")
+
+
+async def check_providers(
+    names: Sequence[str] | None, live_micro: int | None
+) -> list[tuple[trial.Standing, list[trial.Step]]]:
+    """Check these providers, or all that are on, one after the other; with an amount in micro-USD try each out for it."""
+    settings = config.settings()
+    owner = settings.owner or ""
+    tried: list[tuple[trial.Standing, list[trial.Step]]] = []
+    for name in names or registry.enabled(settings) or _refuse_none():
+        provider = adapters.mine().get(name)
+        standing = await trial.check(provider, owner)
+        is_tried = live_micro is not None and standing.error is None
+        tried.append((standing, await trial.Trial(provider, owner, live_micro or 0).run() if is_tried else []))
+    return tried
+
+
+def _refuse_none() -> NoReturn:
+    raise errors.SetupError("no provider is on: set a vendor's credential (docs/providers.md lists them)")
 
 
 def describe(report: deadman.Report) -> dict[str, object]:

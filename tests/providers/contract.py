@@ -21,7 +21,7 @@ from tests.factories import World
 from tests.providers.vendors import described, server
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 
-from gpubroker import catalog, config, gpus, sweep
+from gpubroker import catalog, config, deadman, gpus, sweep, trial
 from gpubroker.errors import (
     AmbiguousOutcome,
     CannotDo,
@@ -839,3 +839,58 @@ class ProviderContract:
             await adapter.restart(machine.id)
         except CannotDo:
             return
+
+    # Without a broker
+
+    async def test_the_dead_man_destroys_what_is_past_its_hard_stop_and_nothing_else(
+        self, adapter: HttpProvider, sim: Vendor
+    ) -> None:
+        past = datetime.now(UTC) - timedelta(seconds=90)
+        late = make_ref().rpartition("-")[0] + "-" + base36(int(past.timestamp()))
+        machine = await self.create(adapter, sim, late, hard_stop_at=past)
+        live = await self.create(adapter, sim)
+        anothers = await self.create(adapter, sim, late.replace(OWNER, "anothers"), hard_stop_at=past)
+        (report,) = await deadman.switch_off([adapter], OWNER)
+        assert report.is_good
+        assert [ended.instance_id for ended in report.ended] == [machine.id]
+        assert sim.alive() == [live, anothers]
+
+    async def test_the_dead_man_tells_of_what_it_cannot_see(self, adapter: HttpProvider, sim: Vendor) -> None:
+        sim.plan("list", *[server.status(500)] * 3)
+        (report,) = await deadman.switch_off([adapter], OWNER)
+        assert (report.is_good, report.ended) == (False, ())
+
+    async def test_a_check_says_how_the_vendor_stands(self, adapter: HttpProvider, sim: Vendor) -> None:
+        await self.create(adapter, sim)
+        standing = await trial.check(adapter, OWNER)
+        assert standing.error is None
+        assert (standing.account, standing.instances) == (await adapter.account(), 1)
+        assert standing.offers >= standing.gpus > 0
+        assert standing.clock_seconds is not None
+        assert abs(standing.clock_seconds) < 5
+        assert set(standing.lacks) | adapter.capabilities.supports == set(trial.EVERYTHING)
+
+    async def test_a_live_trial_leaves_nothing(self, adapter: HttpProvider, sim: Vendor) -> None:
+        steps = await trial.Trial(adapter, OWNER, 10**9, look_seconds=0.01).run()
+        assert [step for step in steps if step.error] == []
+        assert {"create", "run", "destroy"} <= {step.what for step in steps}
+        assert (len(sim.machines), sim.alive()) == (1, [])
+
+    async def test_a_live_trial_ends_what_a_lost_create_made(
+        self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            type(adapter), "capabilities", dataclasses.replace(adapter.capabilities, visibility_lag_seconds=1)
+        )
+        sim.plan("create", server.RESET_AFTER)
+        steps = await trial.Trial(adapter, OWNER, 10**9, look_seconds=0.01).run()
+        assert [step.what for step in steps] == ["find an offer", "create", "destroy"]
+        assert [step.error is None for step in steps] == [True, False, True]
+        assert (len(sim.machines), sim.alive()) == (1, [])
+
+    async def test_a_live_trial_that_would_cost_more_than_it_may_rents_nothing(
+        self, adapter: HttpProvider, sim: Vendor
+    ) -> None:
+        (step,) = await trial.Trial(adapter, OWNER, 1, look_seconds=0.01).run()
+        assert "too_dear" in (step.error or "")
+        assert sim.machines == {}

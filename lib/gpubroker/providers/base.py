@@ -250,5 +250,9 @@ class Provider(ABC):
             self.name, f"{instance_id} cannot run {command[:1]} ({timeout_seconds} s, stdin: {stdin is not None})"
         )
 
+    def read_clock(self) -> float | None:
+        """Seconds that the provider's clock was ahead of ours at its last answer; None where it does not say."""
+        return None
+
     async def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of connections."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -325,6 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {answer.status} said", *(f"{name}: {value}" for name, value in answer.headers.items())]
         if body or answer.status != 204:
             lines.append(f"Content-Type: {answer.content_type}")
+        lines.append(f"Date: {formatdate(usegmt=True)}")
         if not answer.hold:
             lines.append(f"Content-Length: {len(body)}")
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + (body[: len(body) // 2] if cut else body))

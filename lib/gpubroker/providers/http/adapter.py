@@ -88,6 +88,10 @@ class HttpProvider(Provider):
         """Those of the listing that are the owner's."""
         return [instance for instance in await self.list_ours() if (instance.ref or "").startswith(f"gb-{owner}-")]
 
+    def read_clock(self) -> float | None:
+        """By the `Date` of its last answer, which has whole seconds."""
+        return self.http.clock_seconds
+
     async def close(self) -> None:
         """Let go of connections."""
         await self.http.close()

@@ -96,6 +96,13 @@ class Answer:
             wait = max((float(t) for t in _SPENT.findall(self.headers.get("ratelimit", ""))), default=otherwise)
         return min(max(0.0, wait), _LONGEST_WAIT_SECONDS)
 
+    def clock_seconds(self) -> float | None:
+        """How far the clock that dated this answer is ahead of ours; None when none did."""
+        try:
+            return _until(self.headers["date"])
+        except (KeyError, ValueError):
+            return None
+
 
 def _until(date: str) -> float:
     at = parsedate_to_datetime(date)

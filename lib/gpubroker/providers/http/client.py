@@ -88,6 +88,8 @@ class Client:
         """Bytes; one that is larger is not read on."""
         self.pause_seconds = 0.25
         """The first pause between two tries, about."""
+        self.clock_seconds: float | None = None
+        """How far the vendor's clock was ahead of ours at its last answer that said its time."""
         self.breakers = Breakers(provider)
         self.buckets = Buckets(provider, dict(limits))
         self._judge = judge_first
@@ -198,6 +200,7 @@ class Client:
             raise _Failed(
                 ProviderError("no_answer" if sent else "unreachable", said), sent=sent, may_pass=True
             ) from None
+        self.clock_seconds = answer.clock_seconds()
         if answer.is_success:
             return answer
         error = self._judge(kind, answer) or judge(kind, answer, instance_id)
