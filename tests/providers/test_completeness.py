@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import keyword
 import re
 
 import pytest
@@ -23,7 +24,7 @@ def test_there_are_vendors() -> None:
 
 @pytest.mark.parametrize("name", VENDORS)
 def test_a_vendor_has_a_simulator_and_passes_the_contract(name: str) -> None:
-    module = importlib.import_module(f"tests.providers.vendors.{name}")
+    module = importlib.import_module(f"tests.providers.vendors.{name}{'_' if keyword.iskeyword(name) else ''}")
     simulators = [
         member
         for member in vars(module).values()
