@@ -27,6 +27,9 @@ class Function(NamedTuple):
     """Cron line of its PingSource."""
 
 
+MOST_CONNECTIONS: Final = 300
+"""What all functions together may open at the database, at their largest: it, or the pooler before it, must allow so many."""
+
 FUNCTIONS: Final = (
     Function(
         "auth", "public", "agents, keys, tokens",

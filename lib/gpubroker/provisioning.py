@@ -391,7 +391,13 @@ class Driver:
             await self._apply(work, seen, asked_at)
 
     async def _start(self, work: Work) -> None:
+        """Start it, unless a start whose caller was lost did: the program may even have ended since."""
         attempt, adapter, instance = self._parts(work)
+        asked_at = await _read_instant()
+        seen = await _limited(attempt, adapter.get(instance.provider_instance_id))
+        if seen.life == "running" or sightings.ran_unseen(instance, seen):
+            await self._apply(work, seen, asked_at)
+            return
         try:
             await _limited(attempt, adapter.start(instance.provider_instance_id))
         except errors.Rejected as rejection:

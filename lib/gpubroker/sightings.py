@@ -24,6 +24,7 @@ TWO_LOOKS: Final = timedelta(seconds=60)
 LONG_SILENCE: Final = timedelta(minutes=15)
 MANY_LISTINGS: Final = 3
 _AFTER_A_RUN: Final = frozenset({"stopped", "interrupted", "gone"})
+_AT_REST: Final = frozenset({"none", "storage"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,12 @@ async def _change_phase(scene: Scene, seen: base.Instance, moment: datetime) -> 
 async def _note_unseen_run(scene: Scene, seen: base.Instance) -> Scene:
     """What ran between two looks was not seen running, but its provider tells from when: its agent pays for that too."""
     instance, attempt, conn = scene.instance, scene.attempt, scene.tx.conn
-    if instance.started_at is not None or seen.started_at is None:
+    if seen.started_at is None:
+        return scene
+    if instance.started_at is not None:
+        if scene.pod.billing in _AT_REST and ran_unseen(instance, seen):
+            moment = min(seen.started_at, scene.pod.now)
+            await billing_rows.change_phase(conn, instance.id, moment, "full", attempt.price_micro_h, "customer")
         return scene
     began = max(min(attempt.at, instance.known_at), min(seen.started_at, scene.pod.now))
     if scene.capabilities.get("bills_boot"):
@@ -121,6 +127,11 @@ async def _note_unseen_run(scene: Scene, seen: base.Instance) -> Scene:
     known = replace(instance, started_at=began)
     await rows.save_instance(conn, known)
     return replace(scene, instance=known)
+
+
+def ran_unseen(instance: InstanceRow, seen: base.Instance) -> bool:
+    """Whether its provider tells of a run that began after the last look."""
+    return seen.started_at is not None and instance.seen_at is not None and seen.started_at > instance.seen_at
 
 
 async def charge_installation(tx: store.Transaction, instance: InstanceRow, attempt: AttemptRow | None) -> None:
@@ -177,7 +188,7 @@ def _follow_running(pod: PodRow, seen: base.Instance, moment: datetime) -> PodRo
 def _follow_stopped(pod: PodRow, instance: InstanceRow, seen: base.Instance) -> PodRow:
     if pod.wanted == "stopped":
         return replace(pod, state="stopped", state_reason=seen.reason, exit_code=seen.exit_code, failures=0)
-    if instance.life == "stopped" or pod.is_restart_pending:
+    if pod.is_restart_pending or (instance.life == "stopped" and not ran_unseen(instance, seen)):
         return pod  # it was stopped before, and its start is on the way
     ended = replace(pod, state="stopped", state_reason=seen.reason, exit_code=seen.exit_code, failures=0)
     policy = pod.spec.get("restart_policy", "never")

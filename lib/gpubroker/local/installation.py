@@ -22,7 +22,7 @@ from gpubroker.errors import SetupError
 from gpubroker.local import processes
 from gpubroker.local.servers import Postgres, Server, Valkey
 from gpubroker.providers import registry
-from gpubroker.store import migrations
+from gpubroker.store import claims, migrations
 
 _DEFAULTS: Final = {
     "GPUBROKER_TICK_SECONDS": "5",
@@ -90,7 +90,14 @@ class Installation:
         if given not in (None, self._owner):
             msg = f"GPUBROKER_OWNER is {given}, but the database belongs to {self._owner}: one of them is another's"
             raise SetupError(msg)
+        if self.settings.database_url is None:
+            self._release_claims()
         return applied
+
+    def _release_claims(self) -> None:
+        """Nobody but this process drives what is in a database of its own: what a killed one had claimed is due at once."""
+        with migrations.connect(self._database_url) as conn:
+            claims.release_all(conn, "local")
 
     def compose(self, url: str, sink_url: str) -> Settings:
         """Make the settings of all functions. Raises SetupError for what does not fit together."""
