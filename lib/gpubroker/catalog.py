@@ -136,6 +136,7 @@ def _is_possible(offer: ProviderOffer) -> bool:
     return (
         0 < offer.price_micro_h <= LARGEST // 10_000
         and 0 <= offer.disk_micro_gb_h <= LARGEST // _MOST_GB
+        and 0 <= offer.stopped_disk_micro_gb_h <= LARGEST // _MOST_GB
         and 0 <= (offer.stopped_micro_h or 0) <= LARGEST // 10_000
         and 0 <= offer.gpu_count <= _MOST_UNITS
         and 0 <= offer.vcpus < _MOST_UNITS

@@ -56,6 +56,7 @@ def make_offers(count: int, seed: int) -> list[refreshes.NewOffer]:
                 spot=dice.random() < 0.3,
                 price_micro_h=dice.choice([100_000, 2_390_000, dice.randint(1, 10**8)]),
                 stopped_micro_h=None,
+                stopped_disk_micro_gb_h=0,
                 min_billing_s=0,
                 increment_s=1,
                 supports=sorted(dice.sample(SUPPORTS, dice.randint(1, 7))),

@@ -386,6 +386,22 @@ async def test_the_disk_that_is_asked_for_is_paid_for(world: World):
     assert required["price_usd_per_hour"] == "2.300000"
 
 
+async def test_the_disk_of_a_stopped_pod_is_paid_for(world: World):
+    world.provider.offers = [replace(OFFERS[0], disk_base_gb=100, stopped_disk_micro_gb_h=500)]
+    world.query("DELETE FROM refresh")
+    await world.use(world.provider)
+    (offer,) = (await world.root.get("/v1/offers?gpu=h100&min_disk_gb=400"))["items"]
+    assert offer["stopped_price_usd_per_hour"] == "0.250000"
+    assert (await world.root.get("/v1/offers?gpu=h100"))["items"][0]["stopped_price_usd_per_hour"] == "0.100000"
+    pod = await world.run(world.root, disk_gb=400)
+    await world.root.post(f"/v1/pods/{pod['id']}/stop", status=202)
+    await world.drive_due()
+    await world.pass_time(hours=1)
+    await world.tick()
+    (phase,) = world.query("SELECT price_micro_h FROM phase WHERE billing = 'storage'")
+    assert phase["price_micro_h"] == 250_000
+
+
 # Waiting
 
 

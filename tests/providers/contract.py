@@ -596,10 +596,12 @@ class ProviderContract:
 
     async def test_our_price_over_its_times_is_the_vendors_bill(self, adapter: HttpProvider, sim: Vendor) -> None:
         offer = await self.offer(adapter)
-        disk = offer.disk_base_gb
+        more = 20 if offer.disk_gb >= offer.disk_base_gb + 20 else 0
+        disk = offer.disk_base_gb + more
         created = await adapter.create(self.spec(adapter, disk_gb=disk), offer, make_ref())
         machine, expected = sim.machines[created.id], 0
-        rates = {"full": offer.price_micro_h, "storage": offer.stopped_micro_h or 0, "none": 0}
+        stopped = (offer.stopped_micro_h or 0) + more * offer.stopped_disk_micro_gb_h
+        rates = {"full": offer.price_micro_h + more * offer.disk_micro_gb_h, "storage": stopped, "none": 0}
         calls = [None, adapter.stop, adapter.start] if "stop" in adapter.capabilities.supports else [None]
         for call in calls:
             if call is not None:

@@ -118,6 +118,8 @@ class ProviderOffer:
     stopped_micro_h: int | None = None
     disk_base_gb: int = 0
     disk_micro_gb_h: int = 0
+    stopped_disk_micro_gb_h: int = 0
+    """What each of these GB more costs while it is stopped, on top of `stopped_micro_h`."""
     min_billing_s: int = 0
     increment_s: int = 1
     reliability: float | None = None

@@ -1,7 +1,6 @@
 """`runpod`: RunPod's pods through its REST interface, version 2. Docker containers on GPUs, billed per second.
 
 A pod has a container disk of 20 GB, which does not outlive a stop, and the disk that was asked for at `/workspace`, which does.
-docs/providers.md says what was met.
 """
 
 import re
@@ -145,6 +144,7 @@ def _offers(gpu: Document, cloud: str, count: int) -> Iterator[ProviderOffer]:
             disk_gb=2000,
             disk_base_gb=_DISK_GB,
             disk_micro_gb_h=_GB_MICRO_H,
+            stopped_disk_micro_gb_h=2 * _GB_MICRO_H,
             region=region,
             country=_country(region),
             price_micro_h=price.usd(cloud) * count + 2 * _DISK_GB * _GB_MICRO_H,

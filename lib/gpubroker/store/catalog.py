@@ -46,6 +46,7 @@ class NewOffer(NamedTuple):
     spot: bool
     price_micro_h: int
     stopped_micro_h: int | None
+    stopped_disk_micro_gb_h: int
     min_billing_s: int
     increment_s: int
     supports: list[str]
@@ -66,32 +67,38 @@ WITH input AS (
     SELECT * FROM jsonb_to_recordset(%(offers)s) AS n(
         provider_offer_id text, gpu text, gpu_count int, vram_gb int, vcpus numeric(6,2), ram_gb numeric(8,1), disk_gb int,
         disk_base_gb int, disk_micro_gb_h bigint, region text, country text, spot boolean, price_micro_h bigint,
-        stopped_micro_h bigint, min_billing_s int, increment_s int, supports text[], reliability real, availability text,
+        stopped_micro_h bigint, stopped_disk_micro_gb_h bigint,
+        min_billing_s int, increment_s int, supports text[], reliability real, availability text,
         quarantined text)
 ), differing AS (
     SELECT n.*, o.price_micro_h AS price_before
       FROM input n LEFT JOIN offer o ON o.account_id = %(account)s AND o.provider_offer_id = n.provider_offer_id
                                     AND o.region = n.region AND o.spot = n.spot
      WHERE (o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.disk_base_gb, o.disk_micro_gb_h, o.country,
-            o.price_micro_h, o.stopped_micro_h, o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
+            o.price_micro_h, o.stopped_micro_h, o.stopped_disk_micro_gb_h,
+            o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
             o.quarantined, o.gone_at)
            IS DISTINCT FROM
            (n.gpu, n.gpu_count, n.vram_gb, n.vcpus, n.ram_gb, n.disk_gb, n.disk_base_gb, n.disk_micro_gb_h, n.country,
-            n.price_micro_h, n.stopped_micro_h, n.min_billing_s, n.increment_s, n.supports, n.reliability, n.availability,
+            n.price_micro_h, n.stopped_micro_h, n.stopped_disk_micro_gb_h,
+            n.min_billing_s, n.increment_s, n.supports, n.reliability, n.availability,
             n.quarantined, NULL::timestamptz)
 ), written AS (
     INSERT INTO offer AS o (id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
-        disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s,
+        disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h,
+        stopped_disk_micro_gb_h, min_billing_s, increment_s,
         supports, reliability, availability, quarantined, changed_at)
     SELECT new_id('ofr'), %(account)s, %(provider)s, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
-           disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h, min_billing_s, increment_s,
+           disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h,
+        stopped_disk_micro_gb_h, min_billing_s, increment_s,
            supports, reliability, availability, quarantined, clock_timestamp()
       FROM differing
       ON CONFLICT (account_id, provider_offer_id, region, spot) DO UPDATE
          SET gpu = excluded.gpu, gpu_count = excluded.gpu_count, vram_gb = excluded.vram_gb, vcpus = excluded.vcpus,
              ram_gb = excluded.ram_gb, disk_gb = excluded.disk_gb, disk_base_gb = excluded.disk_base_gb,
              disk_micro_gb_h = excluded.disk_micro_gb_h, country = excluded.country, price_micro_h = excluded.price_micro_h,
-             stopped_micro_h = excluded.stopped_micro_h, min_billing_s = excluded.min_billing_s,
+             stopped_micro_h = excluded.stopped_micro_h,
+             stopped_disk_micro_gb_h = excluded.stopped_disk_micro_gb_h, min_billing_s = excluded.min_billing_s,
              increment_s = excluded.increment_s, supports = excluded.supports, reliability = excluded.reliability,
              availability = excluded.availability, quarantined = excluded.quarantined, changed_at = excluded.changed_at,
              gone_at = NULL

@@ -12,14 +12,17 @@ from gpubroker.store import Connection
 _COLUMNS: Final = """
 SELECT o.id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.region, o.country,
        o.spot, o.min_billing_s AS min_billing_seconds, o.increment_s AS billing_increment_seconds,
-       o.stopped_micro_h AS stopped_price_usd_per_hour, o.supports, o.reliability, o.availability,
+       o.supports, o.reliability, o.availability,
        p.refreshed_at AS observed_at, p.refreshed_at + p.stale_after_s * interval '1 second' < clock_timestamp() AS stale, """
-_PRICE: Final = """o.price_micro_h AS price_usd_per_hour,
+_PRICE: Final = """o.price_micro_h AS price_usd_per_hour, o.stopped_micro_h AS stopped_price_usd_per_hour,
        CASE WHEN o.gpu_count > 0 THEN o.per_gpu END AS price_usd_per_gpu_hour"""
 _DISK_PRICE: Final = "(o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb))"
+_STOPPED_PRICE: Final = "(o.stopped_micro_h + o.stopped_disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb))"
 _PRICE_WITH_DISK: Final = (
     _DISK_PRICE
-    + " AS price_usd_per_hour, CASE WHEN o.gpu_count > 0 THEN "
+    + " AS price_usd_per_hour, "
+    + _STOPPED_PRICE
+    + " AS stopped_price_usd_per_hour, CASE WHEN o.gpu_count > 0 THEN "
     + _DISK_PRICE
     + " / o.gpu_count END AS price_usd_per_gpu_hour"
 )
@@ -282,7 +285,8 @@ _CANDIDATE: Final = """
 SELECT o.id AS offer_id, o.account_id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus::float,
        o.ram_gb::float,
        o.disk_gb, o.region, o.country, o.spot,
-       o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS price_micro_h, o.stopped_micro_h,
+       o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS price_micro_h,
+       o.stopped_micro_h + o.stopped_disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS stopped_micro_h,
        o.min_billing_s, o.increment_s, o.supports, o.reliability, p.capabilities"""
 
 
