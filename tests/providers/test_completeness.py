@@ -13,7 +13,10 @@ from tests.providers.vendors.server import Vendor
 
 from gpubroker.providers import registry
 
-WITHOUT_HTTP = {"local": "its pods are this machine's processes: tests/providers/test_local.py"}
+WITHOUT_HTTP = {
+    "local": "its pods are this machine's processes: tests/providers/test_local.py",
+    "kubernetes": "its truth is a real API server: tests/cluster",
+}
 VENDORS = [name for name in registry.names() if name not in WITHOUT_HTTP]
 
 
