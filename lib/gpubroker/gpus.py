@@ -6,7 +6,7 @@ and memory out: `h100` asks for every H100.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
@@ -86,11 +86,13 @@ _CHIPS: Final = (
 _NOISE: Final = re.compile(
     r"\b(nvidia|geforce|tesla|amd|radeon|instinct|intel|habana|gpu|graphics|card|core|tensor|grace|hopper)\b"
 )
-_COUNT: Final = re.compile(r"^\s*\d{1,2}\s*x\s+|\b(?:\d{1,2}x|x\d{1,2})\b")
+_COUNT: Final = re.compile(r"^\s*\d{1,2}\s*x\s+|\b(?:\d{1,2}x|x\d{1,2})\b|(?<=[a-z0-9])x\d{1,2}\b")
 _TAIL: Final = re.compile(
-    r"(?:(?P<form>sxm|pcie|nvlink|nvl)(?:[2-7](?!\dgb?))?(?:x\d{1,2})?|(?P<vram>\d{1,3})gb?|hbm\d?e?|gddr\d?x?|ib|generation|edition)"
+    r"(?:(?P<form>sxm|pcie|nvlink|nvl)(?:[2-7](?!\dgb?))?(?:x\d{1,2})?|(?P<vram>\d{1,3})gb?|hbm\d?e?|gddr\d?x?|gdr|ib|generation|edition)"
 )
-_LARGEST_GB: Final = 300  # more is the memory of the host: GH200_480GB
+_LARGEST_GB: Final = 300  # more is the memory of the host, or of all GPUs together: GH200_480GB, gpu-h100x8-640gb
+_HOSTS: Final = {624: 144}  # GB of a GH200's two memories together, by name: what of it is the GPU's
+_LEAST_SHARE: Final = 0.75  # drivers and ECC take some: vendors say 22 for 24
 _FORMS: Final = {"sxm": "SXM", "pcie": "PCIe", "nvl": "NVL", "nvlink": "SXM"}
 
 
@@ -139,7 +141,8 @@ def _read(text: str) -> _Reading | None:
             if tail is None:
                 break
             form = _FORMS[tail["form"]] if tail["form"] else form
-            vram = int(tail["vram"]) if tail["vram"] and int(tail["vram"]) <= _LARGEST_GB else vram
+            stated = int(tail["vram"] or 0)
+            vram = stated if 0 < stated <= _LARGEST_GB else _HOSTS.get(stated, vram)
             rest = rest[tail.end() :]
         if not rest:
             if chip.name == "H100" and form is None and "hbm3" in compact:
@@ -149,13 +152,17 @@ def _read(text: str) -> _Reading | None:
 
 
 def recognise(text: str, vram_gb: int | None = None) -> Model | None:
-    """The model that a vendor's spelling means; `vram_gb` decides where the spelling does not. None: unknown to us."""
+    """The model that a vendor's spelling means; `vram_gb` decides where the spelling does not. None: unknown to us.
+
+    A card that is sold with far less memory than its model's nominal figure keeps its own: an agent plans by it.
+    """
     reading = _read(text)
     if reading is None:
         return None
     size = reading.vram_gb or vram_gb
     fitting = [m for m in models().values() if m.chip == reading.chip.name and m.form == reading.form]
-    return min(fitting, key=lambda m: abs(m.vram_gb - size) if size else 0)
+    model = min(fitting, key=lambda m: abs(m.vram_gb - size) if size else 0)
+    return replace(model, vram_gb=size) if size and size < _LEAST_SHARE * model.vram_gb else model
 
 
 def ask(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 The default run is a sample, the same each time. By hand, for about so many requests, other ones each time:
 
-    GPUBROKER_TEST_CASES=100000 pytest --log-cli-level=INFO tests/integration/test_document.py
+    GPUBROKER_TEST_CASES=100000 pytest --log-cli-level=INFO tests/integration/test_openapi.py
 
 It tells how many it made, and a failure the seed; GPUBROKER_TEST_SEED repeats it.
 """
@@ -31,7 +31,7 @@ from gpubroker import bundle
 from gpubroker.local.gateway import Gateway
 
 pytestmark = pytest.mark.anyio
-log = logging.getLogger("tests.document")
+log = logging.getLogger("tests.openapi")
 
 CASES = int(os.environ.get("GPUBROKER_TEST_CASES", "0"))
 SEED = int(os.environ.get("GPUBROKER_TEST_SEED", str(random.randrange(10**9) if CASES else 1)))
