@@ -52,11 +52,12 @@ async def show_prices(call: web.Call[Nothing, prices.HistoryQuery]) -> web.Answe
         return web.Answer(await prices.show_history(tx, call.path("model"), call.query))
 
 
-@api.operation("GET", "/v1/providers", scope="offers:read", answers={200: Page[ProviderView]})
-async def list_providers(call: web.Call[Nothing, NoQuery]) -> web.Answer:
+@api.operation("GET", "/v1/providers", scope="offers:read", query=paging.Paged, answers={200: Page[ProviderView]})
+async def list_providers(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
     """List the providers: configured, healthy, how old their offers are, what they can do."""
+    after = paging.read_cursor(call.query.cursor, str)
     async with call.transaction() as tx:
-        return web.Answer(await domain.list_providers(tx))
+        return web.Answer(await domain.list_providers(tx, after[0] if after else None, call.query.limit))
 
 
 @api.operation(

@@ -112,12 +112,13 @@ def models() -> dict[str, Model]:
 
 @cache
 def _spellings() -> tuple[tuple[str, _Chip], ...]:
-    every = [(spelling, chip) for chip in _CHIPS for spelling in (_compact(chip.name), *chip.aliases)]
-    every += [(_compact(chip.name).removeprefix("quadro"), chip) for chip in _CHIPS if chip.name.startswith("Quadro P")]
+    every = [(spelling, chip) for chip in _CHIPS for spelling in (compact(chip.name), *chip.aliases)]
+    every += [(compact(chip.name).removeprefix("quadro"), chip) for chip in _CHIPS if chip.name.startswith("Quadro P")]
     return tuple(sorted(every, key=lambda spelled: -len(spelled[0])))
 
 
-def _compact(text: str) -> str:
+def compact(text: str) -> str:
+    """The letters and digits of a text, in lower case: what spellings have in common."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
@@ -131,11 +132,11 @@ class _Reading:
 @cache
 def _read(text: str) -> _Reading | None:
     plain = re.sub(r"[_\-()/,+|]", " ", text.lower())
-    compact = _compact(_NOISE.sub(" ", _COUNT.sub(" ", plain)))
+    spelled = compact(_NOISE.sub(" ", _COUNT.sub(" ", plain)))
     for spelling, chip in _spellings():
-        if not compact.startswith(spelling):
+        if not spelled.startswith(spelling):
             continue
-        form, vram, rest = None, None, compact.removeprefix(spelling)
+        form, vram, rest = None, None, spelled.removeprefix(spelling)
         while rest:
             tail = _TAIL.match(rest)
             if tail is None:
@@ -145,7 +146,7 @@ def _read(text: str) -> _Reading | None:
             vram = stated if 0 < stated <= _LARGEST_GB else _HOSTS.get(stated, vram)
             rest = rest[tail.end() :]
         if not rest:
-            if chip.name == "H100" and form is None and "hbm3" in compact:
+            if chip.name == "H100" and form is None and "hbm3" in spelled:
                 form = "SXM"  # NVML calls the SXM board "H100 80GB HBM3", the others by their form
             return _Reading(chip, form if form in chip.forms else None, vram)
     return None
@@ -183,6 +184,6 @@ def nearest(text: str) -> str | None:
     """The model whose name is most like this text."""
     from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
 
-    spelled = {_compact(name): name for name in models()} | {s: chip.name for s, chip in _spellings()}
-    near = get_close_matches(_compact(text), list(spelled), n=1, cutoff=0.5)
+    spelled = {compact(name): name for name in models()} | {s: chip.name for s, chip in _spellings()}
+    near = get_close_matches(compact(text), list(spelled), n=1, cutoff=0.5)
     return spelled[near[0]] if near else None

@@ -100,7 +100,7 @@ async def search_offers(tx: store.Transaction, search: Search) -> OfferPage:
     if after is not None and after[0] != search.sort:
         raise inputs.invalid("?cursor", "belongs to a search with another sort")
     question = rows.Question(
-        filters=read_filters(search, "?"),
+        filters=await read_filters(tx, search, "?"),
         sort=search.sort.removeprefix("-"),
         descending=search.sort.startswith("-"),
         available=search.available,
@@ -110,7 +110,7 @@ async def search_offers(tx: store.Transaction, search: Search) -> OfferPage:
     )
     found = await rows.search(tx.conn, question)
     if not found and after is None:
-        no_match = await explain(tx, question.filters, question.disk_gb)
+        no_match = await explain(tx, question.filters, question.disk_gb, available=question.available)
         return OfferPage(items=[], no_match=no_match)
     shown = found[: search.limit]
     more = len(found) > search.limit
@@ -118,12 +118,14 @@ async def search_offers(tx: store.Transaction, search: Search) -> OfferPage:
     return OfferPage(items=[offer for _, offer in shown], next_cursor=cursor)
 
 
-async def explain(tx: store.Transaction, filters: Mapping[str, Any], disk_gb: int) -> NoMatch:
+async def explain(
+    tx: store.Transaction, filters: Mapping[str, Any], disk_gb: int, *, available: bool = True
+) -> NoMatch:
     """Why nothing matched: how many offers each filter leaves out, and the three that need the least change."""
-    told = await rows.explain(tx.conn, filters, disk_gb, _NEAREST)
+    told = await rows.explain(tx.conn, filters, disk_gb, _NEAREST, available=available)
     nearest: list[Near] = []
     for near in told.nearest:
-        offer = await rows.find_offer(tx.conn, near.offer_id)
+        offer = await rows.find_offer(tx.conn, near.offer_id, disk_gb)
         if offer is not None:
             nearest.append(Near(offer=offer, change={name: _change(name, offer, filters) for name in near.failed}))
     return NoMatch(considered=told.considered, removed_by=told.removed_by, nearest=nearest)
@@ -147,23 +149,23 @@ async def show_offer(tx: store.Transaction, offer_id: str) -> Offer:
     return offer
 
 
-def read_filters(filters: Filters, root: str) -> dict[str, Any]:
+async def read_filters(tx: store.Transaction, filters: Filters, root: str) -> dict[str, Any]:
     """The filters that were given, as the store takes them. `root` begins the pointers of what is wrong."""
     given = {name: value for name in rows.FILTERS if (value := getattr(filters, name)) is not None}
     if "gpu" in given:
-        given["gpu"] = _ask_models(given["gpu"], root)
+        given["gpu"] = await _ask_models(tx, given["gpu"], root)
     if "region" in given:
         escaped = re.sub(r"([\\%_])", r"\\\1", given["region"])
         given["region"] = escaped.replace("*", "%").replace("?", "_")
     return given
 
 
-def _ask_models(texts: list[str], root: str) -> list[str]:
+async def _ask_models(tx: store.Transaction, texts: list[str], root: str) -> list[str]:
     from gpubroker import gpus  # noqa: PLC0415 - many searches name no model
 
     wanted: dict[str, None] = {}
     for text in texts:
-        names = gpus.ask(text)
+        names = gpus.ask(text) or await rows.list_called(tx.conn, gpus.compact(text))
         if not names:
             raise inputs.invalid(f"{root}gpu", f"{text!r} is no GPU model known here", did_you_mean=gpus.nearest(text))
         wanted |= dict.fromkeys(names)
@@ -185,7 +187,7 @@ async def list_gpus(tx: store.Transaction, after: str | None, limit: int) -> Pag
     return Page[Gpu](items=found[:limit], next_cursor=cursor)
 
 
-async def list_providers(tx: store.Transaction) -> Page[ProviderView]:
+async def list_providers(tx: store.Transaction, after: str | None, limit: int) -> Page[ProviderView]:
     """Every provider there is: whether it is configured, how it does, and what it can do."""
     from gpubroker.providers import registry  # noqa: PLC0415 - few ask for this
     from gpubroker.providers.http import breakers  # noqa: PLC0415 - as above
@@ -194,4 +196,6 @@ async def list_providers(tx: store.Transaction) -> Page[ProviderView]:
     states = await breakers.read_states(seen) or {}
     views = [view.model_copy(update={"breakers": states.get(name)}) for name, view in seen.items()]
     views += [ProviderView.unconfigured(name) for name in registry.names() if name not in seen]
-    return Page[ProviderView](items=sorted(views, key=lambda view: view.name))
+    found = sorted((view for view in views if after is None or view.name > after), key=lambda view: view.name)
+    cursor = paging.write_cursor(found[limit - 1].name) if len(found) > limit else None
+    return Page[ProviderView](items=found[:limit], next_cursor=cursor)

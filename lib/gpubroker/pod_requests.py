@@ -197,6 +197,9 @@ async def plan_pod(tx: store.Transaction, request: PodRequest) -> Plan:
     candidates = [quote.candidate] if quote else await _choose_offers(tx, request)
     if quote is not None:
         _check_offer(request, quote.candidate, "/quote_id")
+        priced = quote.candidate.priced_disk_gb
+        if priced is not None and request.least_disk_gb > priced:
+            raise inputs.invalid("/disk_gb", f"the quote is for {priced}: have one made with requirements.min_disk_gb")
     purse = await read_purse(tx)
     capped = purse.available_micro if request.budget_usd is None else min(purse.available_micro, request.budget_usd)
     life = request.max_lifetime_seconds or (quote.seconds if quote else None)
@@ -227,7 +230,7 @@ async def _choose_offers(tx: store.Transaction, request: PodRequest) -> list[Can
     if request.offer_id is not None:
         return [await _take_offer(tx, request, request.offer_id)]
     wanted = request.requirements or offers.Requirements()
-    filters = offers.read_filters(wanted, "/requirements/")
+    filters = await offers.read_filters(tx, wanted, "/requirements/")
     filters["supports"] = sorted(request.needs | set(wanted.supports or ()))
     if request.least_disk_gb:
         filters["min_disk_gb"] = request.least_disk_gb

@@ -65,7 +65,7 @@ async def _choose(tx: store.Transaction, request: QuoteRequest) -> Candidate:
             raise inputs.invalid("/offer_id", "is no offer that there is now")
         return candidate
     wanted = request.requirements or offers.Requirements()
-    filters = offers.read_filters(wanted, "/requirements/")
+    filters = await offers.read_filters(tx, wanted, "/requirements/")
     found = await offer_rows.list_candidates(tx.conn, filters, wanted.min_disk_gb or 0, 1)
     if not found:
         no_match = await offers.explain(tx, filters, wanted.min_disk_gb or 0)

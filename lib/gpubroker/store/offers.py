@@ -169,7 +169,9 @@ class Explanation(NamedTuple):
     nearest: list[NearOffer]
 
 
-async def explain(conn: Connection, filters: Mapping[str, Any], disk_gb: int, limit: int) -> Explanation:
+async def explain(
+    conn: Connection, filters: Mapping[str, Any], disk_gb: int, limit: int, *, available: bool
+) -> Explanation:
     """Hold every live offer against every filter: only for searches that found nothing, it reads all of them."""
     failed: LiteralString = "ARRAY[]::text[]"
     counts: LiteralString = "count(*)::int"
@@ -180,9 +182,10 @@ async def explain(conn: Connection, filters: Mapping[str, Any], disk_gb: int, li
         counts += ", count(*) FILTER (WHERE (" + rule + ") IS NOT TRUE)::int"
     given = [name for name in FILTERS if name in filters]
     parameters = {**filters, "disk": disk_gb, "limit": limit}
-    row = await (await conn.execute("SELECT " + counts + _FROM + _OPEN + _AVAILABLE, parameters)).fetchone()
+    live: LiteralString = _FROM + _OPEN + (_AVAILABLE if available else "")
+    row = await (await conn.execute("SELECT " + counts + live, parameters)).fetchone()
     considered, *removed = row or (0,)
-    nearest: LiteralString = "SELECT o.id AS offer_id, " + failed + " AS failed" + _FROM + _OPEN + _AVAILABLE
+    nearest: LiteralString = "SELECT o.id AS offer_id, " + failed + " AS failed" + live
     nearest += " ORDER BY cardinality(" + failed + "), o.price_micro_h, o.id LIMIT %(limit)s"
     cursor = conn.cursor(row_factory=class_row(NearOffer))
     await cursor.execute(nearest, parameters)
@@ -246,14 +249,23 @@ async def list_providers(conn: Connection) -> list[ProviderView]:
     return await cursor.fetchall()
 
 
-_FIND: Final = _COLUMNS + _PRICE + _FROM + " AND o.id = %(id)s"
+_FIND: Final = _COLUMNS + _PRICE_WITH_DISK + _FROM + " AND o.id = %(id)s"
 
 
-async def find_offer(conn: Connection, offer_id: str) -> Offer | None:
-    """An offer by its id, available or not, unless it is gone."""
+async def find_offer(conn: Connection, offer_id: str, disk_gb: int = 0) -> Offer | None:
+    """An offer by its id, available or not, unless it is gone; its price is with this much disk."""
     cursor = conn.cursor(row_factory=class_row(Offer))
-    await cursor.execute(_FIND, {"id": offer_id})
+    await cursor.execute(_FIND, {"id": offer_id, "disk": disk_gb})
     return await cursor.fetchone()
+
+
+_CALLED: Final = """
+SELECT DISTINCT gpu FROM offer_shape WHERE lower(regexp_replace(gpu, '[^A-Za-z0-9]', '', 'g')) = %s ORDER BY gpu"""
+
+
+async def list_called(conn: Connection, compact: str) -> list[str]:
+    """The GPUs that offers ever had whose name, its letters and digits alone in lower case, is this."""
+    return [str(row[0]) for row in await (await conn.execute(_CALLED, (compact,))).fetchall()]
 
 
 class Candidate(NamedTuple):
@@ -279,6 +291,8 @@ class Candidate(NamedTuple):
     supports: list[str]
     reliability: float | None
     capabilities: dict[str, Any]
+    priced_disk_gb: int | None = None
+    """The most disk that this price is for; None in rows of before, which were made for a disk."""
 
 
 _CANDIDATE: Final = """
@@ -287,7 +301,9 @@ SELECT o.id AS offer_id, o.account_id, o.provider, o.provider_offer_id, o.gpu, o
        o.disk_gb, o.region, o.country, o.spot,
        o.price_micro_h + o.disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS price_micro_h,
        o.stopped_micro_h + o.stopped_disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS stopped_micro_h,
-       o.min_billing_s, o.increment_s, o.supports, o.reliability, p.capabilities"""
+       o.min_billing_s, o.increment_s, o.supports, o.reliability, p.capabilities,
+       CASE WHEN o.disk_micro_gb_h + o.stopped_disk_micro_gb_h = 0 THEN o.disk_gb
+            ELSE greatest(%(disk)s, o.disk_base_gb) END AS priced_disk_gb"""
 
 
 _FRESH: Final = """
