@@ -13,6 +13,7 @@ RUN rm -rf /app/site/bin /app/site/kubernetes/aio && find /app -depth -type d -n
 COPY lib/gpubroker /app/code/gpubroker
 COPY functions /app/code/gpubroker/bundle/functions
 COPY eventing /app/code/gpubroker/bundle/eventing
+COPY docs/errors.md /app/code/gpubroker/bundle/docs/
 RUN python -m compileall -q -j 0 --invalidation-mode unchecked-hash /app/code
 
 FROM ${PYTHON}

@@ -1,0 +1,71 @@
+"""What only the kit of ../shared/cluster can do: pretend GPUs, volumes of this machine, an API server that is killed."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HOME = Path(__file__).parents[3] / "shared/cluster"
+RUN = Path(os.environ.get("GPUBROKER_CLUSTER_HOME", Path.home() / ".cache/gpubroker-cluster")) / "run"
+IMAGES = {name: f"kit.local/{name}:test" for name in ("gpubroker", "postgres", "valkey", "customer")}
+
+
+def is_here() -> bool:
+    """KUBECONFIG names the kit's own cluster."""
+    return HOME.is_dir() and os.environ.get("KUBECONFIG", "").startswith(str(RUN))
+
+
+@contextlib.contextmanager
+def gpus(count: int) -> Iterator[None]:
+    """GPUs that are counted and scheduled, for as long as this lasts."""
+    if not is_here():
+        yield
+        return
+    subprocess.run([HOME / "fake-gpus", str(count)], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run([HOME / "fake-gpus", "0"], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def volume(namespace: str, claim: str, folders: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of this machine for a claim: the kit has no storage class."""
+    if not is_here():
+        yield
+        return
+    folder = folders.mktemp("volume")
+    for parent in [folder, *folder.parents]:
+        if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    shutil.chown(folder, 70, 70)
+    name = f"{namespace}-{claim}"
+    manifest = f"""
+apiVersion: v1
+kind: PersistentVolume
+metadata: {{name: {name}}}
+spec:
+  capacity: {{storage: 10Gi}}
+  accessModes: [ReadWriteOnce]
+  persistentVolumeReclaimPolicy: Retain
+  claimRef: {{namespace: {namespace}, name: {claim}}}
+  hostPath: {{path: {folder}}}
+"""
+    subprocess.run(
+        ["kubectl", "delete", "pv", name, "--ignore-not-found"], check=False, capture_output=True, timeout=60
+    )
+    subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True, check=True, capture_output=True)
+    yield
+    subprocess.run(["kubectl", "delete", "pv", name, "--wait=false"], check=False, capture_output=True)
+
+
+def restart_api_server() -> None:
+    """Kill it and bring it back, as its supervisor would."""
+    pid = int((RUN / "pids/apiserver").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+    subprocess.run([HOME / "up", "--knative"], check=True, capture_output=True, timeout=300)
