@@ -18,13 +18,13 @@ shelf = Shelf()
 @api.operation("GET", "/v1/offers", scope="offers:read", query=domain.Search, answers={200: OfferPage})
 async def search_offers(call: web.Call[Nothing, domain.Search]) -> web.Handled:
     """Search what can be rented now."""
-    version = await call.glimpse()
-    question = call.request.url.query
-    content = shelf.find(question, version)
-    if content is None:
+
+    async def read() -> bytes:
         async with call.transaction() as tx:
-            content = (await domain.search_offers(tx, call.query)).model_dump_json().encode()
-        shelf.keep(question, version, content)
+            return (await domain.search_offers(tx, call.query)).model_dump_json().encode()
+
+    version = await call.glimpse()
+    content = await shelf.show(call.asked, version, read)
     return web.show_json(content)
 
 

@@ -12,6 +12,7 @@ from typing import Final, Literal
 Prefix = Literal["org", "agt", "key", "ofr", "qte", "pod", "att", "ins", "use", "bud", "evt", "acc", "tok", "req"]
 
 ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+_PAIRS: Final = tuple(first + second for first in ALPHABET for second in ALPHABET)
 _BASE36: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 _REF: Final = re.compile(r"(?<![a-z0-9-])gb-[a-z0-9]{8}-[a-z0-9]{1,28}-[0-9a-z]{1,9}(?![a-z0-9-])", re.ASCII)
 _SHAPE: Final = re.compile(r"[a-z]{3}_[0-7][0-9a-hjkmnp-tv-z]{25}")
@@ -29,7 +30,8 @@ def new_id(prefix: Prefix) -> str:
 
 def base32(number: int, length: int) -> str:
     """Write `number` with `length` Crockford characters, most significant first."""
-    return "".join(ALPHABET[number >> 5 * place & 31] for place in reversed(range(length)))
+    pairs = [_PAIRS[number >> 5 * place & 1023] for place in range(length - 2, -1, -2)]
+    return "".join(pairs) if length % 2 == 0 else "".join(pairs) + ALPHABET[number & 31]
 
 
 def base36(number: int) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
@@ -27,6 +27,7 @@ from gpubroker import bundle, config, errors, keys, outbox, rates, signing, stor
 from gpubroker.ids import new_id
 from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
 from gpubroker.operations import Operation
+from gpubroker.store import entrance
 
 log = logging.getLogger("gpubroker.web")
 
@@ -40,6 +41,8 @@ _DEEPEST: Final = 32
 _FAILED: Final = 500
 _SLOW_SECONDS: Final = 1.0
 _ERRORS_PATH: Final = "/docs/errors.md"
+_SHORT_QUERY: Final = 512
+_KNOWN_QUERIES: Final = 512
 
 
 B = TypeVar("B", bound=Input)
@@ -85,6 +88,11 @@ class Call(Generic[B, Q]):
         """The validated query."""
         return cast("Q", self._query)
 
+    @property
+    def asked(self) -> bytes:
+        """The query as it came."""
+        return cast("bytes", self.request.scope["query_string"])
+
     def path(self, name: str) -> str:
         """A parameter of the path."""
         return cast("str", self.request.path_params[name])
@@ -97,8 +105,8 @@ class Call(Generic[B, Q]):
             yield tx
 
     async def glimpse(self) -> str:
-        """Authenticate alone, in one round trip. Returns the version of the offers."""
-        caller, version = await store.glimpse(self.credential, self.operation.scope)
+        """Authenticate alone, in a round trip that requests share. Returns the version of the offers."""
+        caller, version = await entrance.enter(self.credential, self.operation.scope)
         await self.count(caller)
         return version
 
@@ -141,6 +149,8 @@ class Api(Served):
         super().__init__()
         self.name = name
         self.operations: list[Operation] = []
+        self._fixed: dict[str, _Resource] = {}
+        """By path, those without a parameter: found without trying every route."""
         self._router: Router | None = None
 
     def operation(
@@ -175,7 +185,8 @@ class Api(Served):
         """Answer one request."""
         if self._router is None:
             self._router = self._route()
-        await self._router(scope, receive, send)
+        fixed = None if scope.get("root_path") else self._fixed.get(scope["path"])
+        await (fixed or self._router)(scope, receive, send)
 
     async def _describe(self, call: "Call[Any, Any]") -> Answer:
         from gpubroker import openapi  # noqa: PLC0415 - who asks for it waits for it
@@ -192,7 +203,9 @@ class Api(Served):
         paths: dict[str, dict[str, Operation]] = {}
         for operation in (*self.operations, *served):
             paths.setdefault(operation.path, {})[operation.method] = operation
-        routes = [Route(path, _Resource(methods)) for path, methods in paths.items()]
+        resources = {path: _Resource(methods) for path, methods in paths.items()}
+        self._fixed = {path: resource for path, resource in resources.items() if "{" not in path}
+        routes = [Route(path, resource) for path, resource in resources.items()]
         return Router(routes, redirect_slashes=False, default=_Resource({}))
 
 
@@ -222,8 +235,8 @@ class _Resource:
             if operation is not None and operation.form is not None and isinstance(problem, errors.Unauthenticated):
                 problem = errors.OAuthError("invalid_client", problem.detail)
             response = render_problem(problem, request_id)
-        for name, value in (*headers.items(), ("X-Request-Id", request_id)):
-            response.headers[name] = value
+        headers["X-Request-Id"] = request_id
+        response.raw_headers += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await response(scope, receive, send)
         _log_request(request, response.status_code, request_id, time.perf_counter() - began)
 
@@ -330,8 +343,13 @@ def _list_fields(model: type[Query]) -> frozenset[str]:
 
 
 def _parse_query(request: Request, model: type[Query]) -> Query:
+    text = cast("bytes", request.scope["query_string"])
+    return _known_query(text, model) if len(text) <= _SHORT_QUERY else _read_query(text, model)
+
+
+def _read_query(text: bytes, model: type[Query]) -> Query:
     given: dict[str, list[str]] = {}
-    for name, value in request.query_params.multi_items():
+    for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
         given.setdefault(name, []).append(value)
     values: dict[str, object] = {}
     repeated: list[dict[str, object]] = []
@@ -351,6 +369,10 @@ def _parse_query(request: Request, model: type[Query]) -> Query:
         return model.model_validate(values)
     except ValidationError as error:
         raise _as_invalid(error, model, "?") from None
+
+
+_known_query = lru_cache(maxsize=_KNOWN_QUERIES)(_read_query)
+"""What is asked is asked again: a query is frozen, and means the same each time. Errors are not kept."""
 
 
 async def _parse_body(request: Request, model: type[Input]) -> tuple[object, Input]:

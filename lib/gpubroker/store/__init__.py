@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Final, LiteralString, NamedTuple
 
 import psycopg
-from psycopg import AsyncClientCursor, AsyncConnection
+from psycopg import AsyncConnection
 from psycopg.rows import TupleRow, class_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -136,53 +136,21 @@ async def close() -> None:
 
 async def check() -> None:
     """Ask the database something. Raises Unavailable when it does not answer, SetupError when it is not the right one."""
-    async with _connection() as conn:
+    async with connection() as conn:
         await conn.execute("SELECT 1")
 
 
 @asynccontextmanager
 async def worker() -> AsyncGenerator[Transaction]:
     """A transaction that sees all organisations, for consumers and ticks."""
-    async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER) as tx:
+    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER) as tx:
         yield tx
-
-
-_GLIMPSE: Final = (
-    "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan FROM authenticate(%s, %s);"
-    "SELECT offers_version()"
-)
-_GLIMPSE_JWT: Final = (
-    "SET LOCAL ROLE gpubroker_public; SELECT key_id, org_id, agent_id, path, scopes, plan, jti, actors"
-    " FROM authenticate_token(%s, %s); SELECT offers_version()"
-)
-
-
-async def glimpse(credential: Credential, scope: str | None) -> tuple[Caller, str]:
-    """Authenticate and read the version of the offers, all in one message, which is a transaction of its own.
-
-    Raises Unauthenticated or Forbidden.
-    """
-    async with _connection() as conn, AsyncClientCursor(conn) as cursor:
-        try:
-            if credential.jti is None:
-                await cursor.execute(_GLIMPSE, (credential.key_hash, scope))
-            else:
-                await cursor.execute(_GLIMPSE_JWT, (credential.jti, scope))
-        except psycopg.Error as error:
-            raise refusal(error) from None
-        cursor.nextset()
-        row = await cursor.fetchone()
-        cursor.nextset()
-        version = await cursor.fetchone()
-    if row is None or version is None:
-        raise errors.Unauthenticated
-    return Caller(*row), str(version[0])
 
 
 @asynccontextmanager
 async def anonymous() -> AsyncGenerator[Transaction]:
     """A transaction of nobody yet: it sees no organisation's rows before `authenticate`."""
-    async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
+    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
         yield tx
 
 
@@ -192,13 +160,14 @@ async def public(credential: Credential, scope: str | None) -> AsyncGenerator[Tr
 
     Raises Unauthenticated, or Forbidden when the caller's rights lack `scope`.
     """
-    async with _connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
+    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
         tx.caller = await authenticate(conn, credential, scope)
         yield tx
 
 
 @asynccontextmanager
-async def _connection() -> AsyncGenerator[Connection]:
+async def connection() -> AsyncGenerator[Connection]:
+    """A connection of the pool, for single statements. Raises Unavailable when there is none to be had."""
     try:
         async with (await pool()).connection() as conn:
             yield conn
@@ -244,9 +213,13 @@ async def authenticate(conn: Connection, credential: Credential, scope: str | No
 
 def refusal(error: psycopg.Error) -> Exception:
     """Turn the refusals that our SQL functions raise into problems; other errors stay as they are."""
-    if error.sqlstate == "GB401":
+    return told_refusal(error.sqlstate, error.diag.message_primary) or error
+
+
+def told_refusal(sqlstate: str | None, scope: str | None) -> errors.Problem | None:
+    """The problem that a refusal of our SQL functions means; None for any other state."""
+    if sqlstate == "GB401":
         return errors.Unauthenticated(headers={"WWW-Authenticate": 'Bearer realm="gpubroker", error="invalid_token"'})
-    if error.sqlstate == "GB403":
-        scope = error.diag.message_primary or ""
-        return errors.Forbidden(f"This needs the scope {scope}.", more={"scope": scope})
-    return error
+    if sqlstate == "GB403":
+        return errors.Forbidden(f"This needs the scope {scope or ''}.", more={"scope": scope or ""})
+    return None
