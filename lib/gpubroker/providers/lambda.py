@@ -6,19 +6,20 @@ was met.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from contextlib import suppress
+from typing import ClassVar, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from gpubroker.errors import AmbiguousOutcome, CredentialRefused, ProviderError, Rejected, Throttled
+from gpubroker.errors import AmbiguousOutcome, ProviderError, Rejected
 from gpubroker.ids import find_ref
 from gpubroker.providers import base
-from gpubroker.providers.base import Capabilities, Endpoint, Instance, ProviderOffer
-from gpubroker.providers.http import cloudinit
-from gpubroker.providers.http.adapter import Answer, Document, HttpProvider, Kind, Limit
+from gpubroker.providers.base import Capabilities, Instance, ProviderOffer
+from gpubroker.providers.http import cloudinit, ports
+from gpubroker.providers.http.adapter import Answer, Document, HttpProvider, Kind, Limit, before_create
 from gpubroker.providers.http.client import Manner
-from gpubroker.providers.http.reading import segment
+from gpubroker.providers.http.reading import read_nothing, segment
 
 _SUPPORTS: Final = frozenset[base.Support]({"command", "image", "ports", "ssh"})
 _LIVES: Final[Mapping[str, tuple[base.Life, base.Billing]]] = {
@@ -47,8 +48,7 @@ _VRAM: Final = re.compile(r"\((\d{1,3}) GB\b")
 _GIB: Final = 1.073741824
 _REF_TAG: Final = "gpubroker-ref"
 _PORTS_TAG: Final = "gpubroker-ports"
-"""Lambda does not show user data: a pod's ports are told by this, as `8000h,9000t,53u`; at most 111 of 128 characters."""
-_PROTOCOLS: Final[Mapping[str, str]] = {"h": "http", "t": "tcp", "u": "udp"}
+"""Lambda does not show user data: this tells a pod's ports. A value has at most 128 characters."""
 _USER: Final = "ubuntu"
 _TURN_SECONDS: Final = 8.0
 
@@ -96,13 +96,14 @@ class Lambda(HttpProvider):
     async def create(self, spec: base.Spec, offer: ProviderOffer, ref: str) -> base.Created:
         """Launch an instance whose name and tag are the reference."""
         user_data = cloudinit.write(spec, gpus=offer.gpu_count > 0)
+        tags = {_REF_TAG: ref, _PORTS_TAG: ports.write(spec)}
         body = {
             "region_name": offer.region,
             "instance_type_name": offer.provider_offer_id,
             "ssh_key_names": [await self._have_key(ref.split("-")[1])],
             "name": ref,
             "user_data": user_data,
-            "tags": [{"key": _REF_TAG, "value": ref}, *_ports_tag(spec)],
+            "tags": [{"key": key, "value": value} for key, value in tags.items() if value],
         }
         await self.http.buckets.take("calls", _TURN_SECONDS)  # a launch counts against both limits
         return await self.http.call(
@@ -116,20 +117,16 @@ class Lambda(HttpProvider):
         The pod's own key is put on the machine by cloud-init. No key of the operator's is ever used.
         """
         name = f"gpubroker-{owner}"
-        try:
+        with before_create():
             keys = await self.http.call(
                 "read", "GET", "/ssh-keys", read=lambda answer: answer.document().children("data")
             )
-            if name not in {key.text("name") for key in keys}:
-                public = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-                body = {"name": name, "public_key": f"{public.decode()} {name}"}
-                await self.http.call("act", "POST", "/ssh-keys", body=body, manner="once", read=lambda _: None)
-        except (Throttled, CredentialRefused):
-            raise
-        except (AmbiguousOutcome, Rejected):
-            pass  # another may have added it meanwhile: the launch finds out
-        except ProviderError as error:
-            raise Rejected(error.code, error.detail) from None
+            if name in {key.text("name") for key in keys}:
+                return name
+        public = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        body = {"name": name, "public_key": f"{public.decode()} {name}"}
+        with suppress(AmbiguousOutcome, Rejected):  # another may have added it meanwhile: the launch finds out
+            await self.http.call("act", "POST", "/ssh-keys", body=body, manner="once", read=read_nothing)
         return name
 
     async def list_ours(self) -> Sequence[Instance]:
@@ -196,14 +193,6 @@ def _offers(item: Document) -> Iterator[ProviderOffer]:
         )
 
 
-def _ports_tag(spec: base.Spec) -> list[dict[str, Any]]:
-    ports = {port.port: port.protocol for port in spec.ports}
-    if spec.ssh_public_key:
-        ports[cloudinit.SSH_PORT] = "tcp"
-    text = ",".join(f"{port}{protocol[0]}" for port, protocol in ports.items())
-    return [{"key": _PORTS_TAG, "value": text}] if text else []
-
-
 def _read_created(answer: Answer) -> base.Created:
     ids = answer.document().child("data").texts("instance_ids")
     if not ids or not ids[0]:
@@ -224,24 +213,13 @@ def _instance(instance: Document) -> Instance:
     status = instance.text("status")
     life, billing = _LIVES.get(status, ("unknown", "unknown"))
     is_running = life == "running"
+    ip = instance.text("ip") if is_running and instance.has("ip") else None
     return Instance(
         id=instance.text("id"),
         ref=_find_ref(instance),
         status=status,
         life=life,
         billing=billing,
-        endpoints=tuple(_endpoints(instance)) if is_running and instance.has("ip") else (),
+        endpoints=tuple(ports.read(_tags(instance).get(_PORTS_TAG, ""), ip, _USER)) if ip else (),
         price_micro_h=instance.child("instance_type").cents("price_cents_per_hour") if is_running else None,
     )
-
-
-def _endpoints(instance: Document) -> Iterator[Endpoint]:
-    """A port is reached at the same number, where the account's firewall lets it through."""
-    host = instance.text("ip")
-    for number, letter in re.findall(r"(\d{1,5})([htu])", _tags(instance).get(_PORTS_TAG, "")):
-        port, protocol = int(number), _PROTOCOLS[letter]
-        if port == cloudinit.SSH_PORT:
-            yield Endpoint("ssh", port, "tcp", host, port, command=f"ssh {_USER}@{host}")
-        else:
-            url = f"http://{host}:{port}" if protocol == "http" else None
-            yield Endpoint(f"{protocol}-{port}", port, protocol, host, port, url)

@@ -304,9 +304,11 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         split = urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(
-            self.command, split.path, parse_qs(split.query, keep_blank_values=True), headers, self.rfile.read(length)
-        )
+        body = self.rfile.read(length)
+        if len(body) < length:  # the caller gave up in the middle
+            self.close_connection = True
+            return
+        request = Request(self.command, split.path, parse_qs(split.query, keep_blank_values=True), headers, body)
         released = self.vendor.released
         said = self.vendor.handle(request)
         answer = said if isinstance(said, Answer) else said.answer

@@ -2,13 +2,14 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Final, Self
 
 import httpx
 
 from gpubroker.config import Settings
-from gpubroker.errors import ProviderError
+from gpubroker.errors import CredentialRefused, ProviderError, Rejected, Throttled
 from gpubroker.providers.base import Instance, Provider
 from gpubroker.providers.http.answers import Answer
 from gpubroker.providers.http.breakers import Kind
@@ -16,7 +17,7 @@ from gpubroker.providers.http.buckets import Limit
 from gpubroker.providers.http.client import Client, Header, address
 from gpubroker.providers.http.reading import Document
 
-__all__ = ["Answer", "Document", "Header", "HttpProvider", "Kind", "Limit"]
+__all__ = ["Answer", "Document", "Header", "HttpProvider", "Kind", "Limit", "before_create"]
 
 _TURN_SECONDS: Final = {"call": 10, "create": 20}
 """What is kept of a call's limit for the wait for its turn under the vendor's rate limits."""
@@ -95,6 +96,17 @@ class HttpProvider(Provider):
     async def close(self) -> None:
         """Let go of connections."""
         await self.http.close()
+
+
+@contextmanager
+def before_create() -> Generator[None]:
+    """Around what must be there before a create is sent: when it fails, nothing was made, and that is Rejected."""
+    try:
+        yield
+    except (Throttled, CredentialRefused):
+        raise
+    except ProviderError as error:
+        raise Rejected(error.code, error.detail) from None
 
 
 def _fingerprint(name: str, secrets: tuple[str, ...]) -> str:

@@ -17,9 +17,8 @@ import yaml
 
 from gpubroker.errors import Rejected
 from gpubroker.providers.base import Spec
+from gpubroker.providers.http import ports
 
-SSH_PORT: Final = 22
-"""The machine's own: a pod's port 22 is not taken from it."""
 _FOLDER: Final = "/etc/gpubroker"
 _UNITS: Final = "/etc/systemd/system"
 _PROGRAMS: Final = "/usr/local/sbin"
@@ -147,7 +146,7 @@ def _files(spec: Spec, *, gpus: bool) -> list[_File]:
 def _container(spec: Spec, image: str, *, gpus: bool) -> dict[str, Any]:
     """The body of `/containers/create`. `IpcMode` is the machine's, as frameworks want much shared memory."""
     names = [
-        f"{port.port}/{'udp' if port.protocol == 'udp' else 'tcp'}" for port in spec.ports if port.port != SSH_PORT
+        f"{port.port}/{'udp' if port.protocol == 'udp' else 'tcp'}" for port in spec.ports if port.port != ports.SSH
     ]
     body: dict[str, Any] = {
         "Image": image,
