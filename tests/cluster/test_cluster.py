@@ -476,8 +476,8 @@ def test_a_stranger_neither_publishes_nor_reads(authenticated: str, broker: Depl
         # Ours still publish: what is asked for is under way by its event, not by the tick.
         pod = broker.rent()
         assert pod["state"] == "running"
-        published = f"SELECT count(*) FROM event WHERE subject = '{pod['id']}' AND published_at IS NULL AND type LIKE '%requested%';"
-        until("its event was taken", lambda: broker.sql(published) == ["0"], 30)
+        waiting = f"SELECT count(*) FROM event WHERE subject = '{pod['id']}' AND published_at IS NULL AND type LIKE '%requested%';"
+        until("its event was taken", lambda: broker.sql(waiting) == ["0"], 30)
         broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
         broker.await_state(pod["id"], "terminated", seconds=120)
     finally:
