@@ -51,6 +51,7 @@ FUNCTIONS: Final = (
         "usage", "public", "what was used, spent and may be spent",
         paths=("/v1/usage", "/v1/budgets", "/v1/statements", "/v1/limits"),
     ),
+    Function("intake", "public", "commands that come as CloudEvents", paths=("/v1/intake",), max_scale=4, timeout_seconds=90),
     Function(
         "provisioning", "consumer", "makes what is wanted true, one step at a time",
         vendor_credentials=True, concurrency=40, timeout_seconds=300,

@@ -25,6 +25,8 @@ log = logging.getLogger("gpubroker.consumer")
 _NAME: Final = re.compile(r"[a-z0-9]{1,20}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _STRUCTURED: Final = "application/cloudevents+json"
+_BATCH: Final = "application/cloudevents-batch+json"
+_MOST_IN_A_BATCH: Final = 100
 _CORE: Final = frozenset({"specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema"})
 
 
@@ -121,8 +123,22 @@ async def decode(request: Request) -> Incoming:
     return _check(cast("dict[str, object]", attributes), _load(raw) if raw else None)
 
 
+async def decode_all(request: Request) -> list[Incoming]:
+    """Read one CloudEvent in any mode, or a batch of up to 100. Raises MalformedEvent for any that is none, or BodyTooLarge."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _BATCH:
+        return [await decode(request)]
+    whole = _load(await read_body(request))
+    if not isinstance(whole, list) or len(cast("list[object]", whole)) > _MOST_IN_A_BATCH:
+        msg = f"a batch is a JSON array of up to {_MOST_IN_A_BATCH} events"
+        raise MalformedEvent(msg)
+    return [_decode_members(each) for each in cast("list[object]", whole)]
+
+
 def _decode_structured(raw: bytes) -> Incoming:
-    whole = _load(raw)
+    return _decode_members(_load(raw))
+
+
+def _decode_members(whole: object) -> Incoming:
     if not isinstance(whole, dict):
         msg = "a structured event is a JSON object"
         raise MalformedEvent(msg)

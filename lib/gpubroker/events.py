@@ -70,6 +70,18 @@ class AgentData(Data):
     by: str
 
 
+class CommandData(Data):
+    """What became of a command that came as an event: of what it made, or why it was refused."""
+
+    command: str
+    command_id: str
+    command_source: str
+    agent_id: str
+    pod_id: str | None = None
+    code: str | None = None
+    detail: str | None = None
+
+
 class OffersData(Data):
     """A refresh of one provider's offers."""
 
@@ -119,9 +131,14 @@ EVENTS: Final = (
     EventType("budget.threshold", BudgetData, ("reconcile",), (), "Four fifths of a budget are held or spent."),
     EventType("budget.exhausted", BudgetData, ("reconcile",), (), "What is left of a budget pays for no offer any more."),
     EventType("agent.revoked", AgentData, ("auth",), (), "The agent's credentials are refused from now on; its pods end."),
+    EventType("command.done", CommandData, ("intake",), (), "A command that came as an event was carried out."),
+    EventType("command.refused", CommandData, ("intake",), (), "A command that came as an event was refused, for good."),
     EventType("offers.refreshed", OffersData, ("catalog",), (), "A provider's offers changed."),
     EventType("provider.unhealthy", ProviderData, ("catalog", "reconcile"), (), "A provider fails, or is not believed."),
 )  # fmt: skip
+
+COMMANDS: Final = {f"{PREFIX}command.{name}.v1": name for name in ("provision", "terminate")}
+"""Types of events that agents send to `intake`, and what each asks for."""
 
 BY_TYPE: Final = {event.type: event for event in EVENTS}
 BY_WHAT: Final = {event.what: event for event in EVENTS}

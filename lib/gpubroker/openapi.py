@@ -109,6 +109,9 @@ def _describe_operation(operation: Operation, schemas: Json) -> Json:
             "required": True,
             "content": {"application/x-www-form-urlencoded": {"schema": schema}},
         }
+    elif operation.raw:
+        content = {kind: {"schema": {"type": "array" if "batch" in kind else "object"}} for kind in operation.raw}
+        described["requestBody"] = {"required": True, "content": content}
     elif operation.body is not Nothing:
         schema = _schema(operation.body, "validation", schemas)
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -25,5 +25,7 @@ class Operation(NamedTuple):
     idempotent: bool = False
     form: type[BaseModel] | None = None
     """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""
+    raw: tuple[str, ...] = ()
+    """Media types, where the handler reads the body itself; it describes them and checks nothing."""
     problems: tuple[type[Problem], ...] = ()
     """What it may answer beside the errors that every operation may."""

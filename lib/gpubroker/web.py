@@ -126,7 +126,7 @@ class Call(Generic[B, Q]):
         try:
             self._query = _parse_query(self.request, self.operation.query)
             self.idempotency_key = _parse_key(self.request) if self.operation.idempotent else None
-            if self.operation.method in _WITH_BODY:
+            if self.operation.method in _WITH_BODY and not self.operation.raw:
                 self.raw, self._body = await _parse_body(self.request, self.operation.body)
         except errors.Problem:
             if not self.operation.open:
@@ -153,7 +153,7 @@ class Api(Served):
         """By path, those without a parameter: found without trying every route."""
         self._router: Router | None = None
 
-    def operation(
+    def operation(  # noqa: PLR0913 - each is a word of what an operation is
         self,
         method: str,
         path: str,
@@ -165,6 +165,7 @@ class Api(Served):
         answers: Mapping[int, Any],
         idempotent: bool = False,
         form: type[BaseModel] | None = None,
+        raw: tuple[str, ...] = (),
         problems: Sequence[type[errors.Problem]] = (),
     ) -> Callable[[Callable[[Call[B, Q]], Awaitable[Handled]]], Callable[[Call[B, Q]], Awaitable[Handled]]]:
         """Declare an operation; its handler's docstring is its summary, `problems` what it may answer beside the usual."""
@@ -174,7 +175,7 @@ class Api(Served):
             self.operations.append(
                 Operation(
                     method, path, handler, summary, scope=scope, open=open, body=body, query=query, answers=dict(answers),
-                    idempotent=idempotent, form=form, problems=tuple(problems),
+                    idempotent=idempotent, form=form, raw=raw, problems=tuple(problems),
                 )
             )  # fmt: skip
             return handler

@@ -147,7 +147,8 @@ def test_schemas_are_valid_and_take_what_is_sent(event: events.EventType) -> Non
         "pod_id": "pod_1", "agent_id": "agt_1", "state": "running", "version": 1, "action": "stop", "instance_id": "i",
         "billed_until": "2026-01-01T00:00:00Z", "spent_usd": 2_390_000, "provider": "local", "account_id": "a",
         "reason": "r", "seen": 1, "changed": 1, "gone": 0, "price_usd_per_hour": 1, "expires_at": None,
-            "by": "agt_2", "limit_usd": 2, "committed_usd": 1, "period": "day",
+            "by": "agt_2", "command": "provision", "command_id": "1", "command_source": "/ci",
+            "code": None, "detail": None, "limit_usd": 2, "committed_usd": 1, "period": "day",
     }  # fmt: skip
     data = event.data.model_validate({k: v for k, v in sample.items() if k in event.data.model_fields})
     validator = jsonschema.Draft202012Validator(schema)

@@ -104,7 +104,7 @@ def wait_for(process: subprocess.Popen[str], port: int) -> httpx.Response:
 
 CALLS = {
     "auth": ("/v1/whoami", 200), "offers": ("/v1/offers", 200), "pods": ("/v1/pods", 200), "usage": ("/v1/usage", 200),
-    "exec": ("/v1/logs/pod_00000000000000000000000000", 404),
+    "exec": ("/v1/logs/pod_00000000000000000000000000", 404), "intake": ("/v1/intake", 405),
 }  # fmt: skip
 EVENTS = {
     "provisioning": "io.gpubroker.pod.requested.v1", "metering": "io.gpubroker.pod.running.v1",
@@ -165,6 +165,8 @@ MAY_LOAD = {
     "pods": f"{_RENTING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
     "exec": f"{_RENTING} pods store.pods terminals",
     "usage": f"{_RENTING} resources.usage store.instances store.usage usage",
+    "intake": f"{_RENTING} consumer idempotency intake offers pod_requests pods quotes resources.commands store.commands "
+    "store.idempotency store.pods store.quotes",
     "provisioning": _DRIVING,
     "metering": "consumer metering resources.offers store.billing store.instances store.offers",
     "reconcile": f"{_DRIVING} catalog gpus metering reconciling store.catalog sweep",
