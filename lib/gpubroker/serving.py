@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpubroker import bundle, config, errors
+from gpubroker import bundle, config, errors, ids
 
 if TYPE_CHECKING:
     import uvicorn
 
 ANYWHERE = "0.0.0.0"  # noqa: S104 - a container's port
 _GRACE_SECONDS = 15
+_EXECUTION_ID = b"function-execution-id"
 _PAUSE_SECONDS = 1.0
 
 log = logging.getLogger("gpubroker.serving")
@@ -48,15 +49,20 @@ def load(name: str, source: Path | None = None) -> ASGIApp:
 
 
 class _Plain:
-    """A line break in a path matches no route of the framework, which would answer for itself: our own 404 is better."""
+    """What the framework is handed.
+
+    A line break in a path matches no route of its, and it would answer for itself: our own 404 is better. A request that
+    has no execution id gets the one that shall be its request id: the framework's log and ours say the same, and one is made.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, its path in one line."""
-        if scope["type"] == "http" and "\n" in scope["path"]:
-            scope = {**scope, "path": scope["path"].replace("\n", "%0A")}
+        """Hand the request on, its path in one line, under an id."""
+        if scope["type"] == "http":
+            headers = [*scope["headers"], (_EXECUTION_ID, ids.new_id("req").encode())]
+            scope = {**scope, "headers": headers, "path": scope["path"].replace("\n", "%0A")}
         await self._app(scope, receive, send)
 
 

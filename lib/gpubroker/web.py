@@ -24,10 +24,9 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from gpubroker import bundle, config, errors, keys, outbox, rates, signing, store
-from gpubroker.ids import new_id
+from gpubroker.ids import is_id, new_id
 from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
 from gpubroker.operations import Operation
-from gpubroker.store import entrance
 
 log = logging.getLogger("gpubroker.web")
 
@@ -106,6 +105,8 @@ class Call(Generic[B, Q]):
 
     async def glimpse(self) -> str:
         """Authenticate alone, in a round trip that requests share. Returns the version of the offers."""
+        from gpubroker.store import entrance  # noqa: PLC0415 - one function alone needs it
+
         caller, version = await entrance.enter(self.credential, self.operation.scope)
         await self.count(caller)
         return version
@@ -256,7 +257,10 @@ class _Resource:
 
 def _choose_request_id(request: Request) -> str:
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else new_id("req")
+    if _REQUEST_ID.fullmatch(given):
+        return given
+    made = request.headers.get("function-execution-id", "")
+    return made if is_id("req", made) else new_id("req")
 
 
 def _log_request(request: Request, status: int, request_id: str, seconds: float) -> None:

@@ -161,7 +161,8 @@ _RENTING = (
 _DRIVING = f"consumer {_RENTING} sightings provisioning store.billing store.instances store.pods"
 MAY_LOAD = {
     "auth": f"{_RENTING} accounts idempotency pods resources.tokens store.idempotency store.pods tokens",
-    "offers": f"{_RENTING} idempotency offers pods prices quotes shelf store.idempotency store.instances store.pods store.quotes",
+    "offers": f"{_RENTING} idempotency offers pods prices quotes shelf store.entrance store.idempotency "
+    "store.instances store.pods store.quotes",
     "pods": f"{_RENTING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
     "exec": f"{_RENTING} pods store.pods terminals",
     "usage": f"{_RENTING} resources.usage store.instances store.usage usage",
