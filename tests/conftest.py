@@ -84,10 +84,11 @@ def at_database(url: str, name: str) -> str:
 
 
 _MOVABLE_CLOCK = """
-CREATE TABLE clock (shift interval NOT NULL);
-INSERT INTO clock VALUES ('0');
+CREATE TABLE clock (shift interval NOT NULL, frozen timestamptz);
+INSERT INTO clock VALUES ('0', NULL);
 GRANT SELECT ON clock TO gpubroker_public, gpubroker_worker;
-CREATE OR REPLACE FUNCTION instant() RETURNS timestamptz LANGUAGE sql VOLATILE AS 'SELECT clock_timestamp() + shift FROM clock';
+CREATE OR REPLACE FUNCTION instant() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+  'SELECT coalesce(frozen, clock_timestamp()) + shift FROM clock';
 """
 
 

@@ -90,6 +90,7 @@ class World:
         self.provider: Simulated = Simulated()
         self.adapters = adapters.mine()  # those of the functions too: logs and exec reach the same provider
         self.root = Client("", "")
+        self.frozen: float | None = None
         self._conn: psycopg.Connection[dict[str, Any]] | None = None
 
     async def open(self) -> None:
@@ -100,7 +101,7 @@ class World:
     async def use(self, provider: Simulated) -> Simulated:
         """Rent from this provider from now on."""
         self.provider = provider
-        provider.shift = await self.shift()
+        provider.shift, provider.frozen = await self.shift(), self.frozen
         self.adapters._made = {provider.name: provider}
         await catalog.refresh_offers(provider, 60)
         return provider
@@ -126,6 +127,12 @@ class World:
 
     async def shift(self) -> timedelta:
         return self.query("SELECT shift FROM clock")[0]["shift"]
+
+    async def freeze(self) -> None:
+        """Let no time pass but what a test passes: sums to the micro-USD then do not depend on how busy the machine is."""
+        (row,) = self.query("UPDATE clock SET frozen = clock_timestamp() RETURNING frozen")
+        self.frozen = row["frozen"].timestamp()
+        self.provider.frozen = self.frozen
 
     async def pass_time(self, **span: float) -> None:
         """Move the clock of billing, and the provider's."""

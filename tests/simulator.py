@@ -83,6 +83,8 @@ class Simulated(base.Provider):
         self.rented: dict[str, Rented] = {}
         self.identity = "account-1"
         self.shift = timedelta()
+        self.frozen: float | None = None
+        """The moment at which its clock stands still, but for the shift."""
         self.boots_at_once = True
         self.end_takes = 0.0
         """Seconds from an acknowledged terminate to the end."""
@@ -111,7 +113,7 @@ class Simulated(base.Provider):
         return cls()
 
     def now(self) -> float:
-        return round(time.time() + self.shift.total_seconds(), 6)
+        return round((self.frozen or time.time()) + self.shift.total_seconds(), 6)
 
     async def _begin(self, operation: str, subject: str) -> str | None:
         self.pass_time()

@@ -208,12 +208,12 @@ async def test_12_what_is_shown_charged_and_recorded_is_one_price(world: World) 
 async def test_13_a_price_of_zero_is_no_offer_and_an_old_one_says_that_it_is_old(world: World) -> None:
     await rent_from(world, Simulated())
     world.provider.offers = [
-        replace(OFFERS[0], provider_offer_id=f"odd-{p}", price_micro_h=p) for p in (0, -5, 10**13, 7)
+        replace(OFFERS[0], provider_offer_id=f"odd-{p}", price_micro_h=p) for p in (0, -5, 10**13, 7, 1_900_000)
     ]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")
     await catalog.refresh_offers(world.provider, 60)
     found = (await world.root.get("/v1/offers?gpu=h100"))["items"]
-    assert [offer["price_usd_per_hour"] for offer in found] == ["0.000007"]
+    assert [offer["price_usd_per_hour"] for offer in found] == ["1.900000"]
     assert not found[0]["stale"]
     world.provider.fail["list_offers"] = [Broken("http_500")]
     world.query("UPDATE refresh SET began_at = began_at - interval '1 day'")

@@ -863,6 +863,7 @@ class BillsBoot(Final):
 
 
 async def test_where_the_boot_is_billed_a_boot_that_ends_is_the_installations(world: World) -> None:
+    await world.freeze()
     await rent_from(world, BillsBoot())
     world.provider.boots_at_once = False
     pod_id = await start_pod(world)
@@ -877,6 +878,7 @@ async def test_where_the_boot_is_billed_a_boot_that_ends_is_the_installations(wo
 
 
 async def test_where_the_boot_is_billed_an_agent_that_ends_it_pays_from_the_create(world: World) -> None:
+    await world.freeze()
     await rent_from(world, BillsBoot())
     world.provider.boots_at_once = False
     pod_id = await start_pod(world)
@@ -899,6 +901,7 @@ async def test_where_the_boot_is_billed_one_that_fails_or_outlives_the_pod_is_th
 
 
 async def test_a_vendor_that_ends_slowly_is_paid_by_the_agent_for_its_allowance_and_then_by_us(world: World) -> None:
+    await world.freeze()
     await rent_from(world, Simulated())
     pod_id = await start_pod(world)
     await minutes(world, 10)
@@ -911,6 +914,7 @@ async def test_a_vendor_that_ends_slowly_is_paid_by_the_agent_for_its_allowance_
 
 
 async def test_the_minimum_and_the_increment_are_topped_up_once(world: World) -> None:
+    await world.freeze()
     await world.use_final()
     pod_id = await start_pod(world, requirements={"gpu": ["a100"]}, max_lifetime_seconds=600)
     await world.pass_time(seconds=20)

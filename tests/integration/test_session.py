@@ -11,6 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_pod_runs_and_is_billed_to_the_second(world: World) -> None:
+    await world.freeze()
     await world.use_final()
     agent = await world.root.child(budget={"limit_usd": "10"})
     pod = await world.run(agent, max_lifetime_seconds=3600)
@@ -35,6 +36,7 @@ async def test_a_pod_runs_and_is_billed_to_the_second(world: World) -> None:
 
 
 async def test_stop_keeps_the_disk_and_bills_storage(world: World) -> None:
+    await world.freeze()
     await world.use_final()
     agent = await world.root.child(budget={"limit_usd": "10"})
     pod = await world.run(agent, max_lifetime_seconds=7200)
