@@ -71,6 +71,13 @@ class TestLambda(ProviderContract):
             await adapter.create(self.spec(adapter), offer, make_ref())
         assert (rejected.value.try_next_offer, sim.count("create")) == (True, 0)
 
+    async def test_an_account_that_may_not_list_its_keys_may_have_ours(
+        self, adapter: HttpProvider, sim: Vendor
+    ) -> None:
+        sim.keys[KEY_NAME] = "ssh-ed25519 AAAA added-by-hand"
+        sim.plan("keys", Fault(answer=sim.error(404, "global/not-found", "no")))
+        assert (await self.create(adapter, sim)).asked["ssh_key_names"] == [KEY_NAME]
+
     @pytest.mark.parametrize(
         ("status", "code", "expected"),
         [

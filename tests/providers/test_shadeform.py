@@ -94,6 +94,12 @@ class TestShadeform(ProviderContract):
             await adapter.extend(machine.id, datetime.now(UTC) + timedelta(hours=2))
         assert sim.count("update") == 0
 
+    async def test_an_end_is_moved_though_the_price_is_not_told(self, adapter: HttpProvider, sim: Vendor) -> None:
+        machine = await self.create(adapter, sim)
+        sim.plan("get", Fault(answer=Answer(200, {"id": machine.id, "cost_estimate": "1.5"})))
+        await adapter.extend(machine.id, datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC))
+        assert machine.asked["auto_delete"] == {"date_threshold": "2030-01-02T03:04:05+00:00"}
+
     async def test_the_pods_key_is_added_once(self, adapter: HttpProvider, sim: Vendor) -> None:
         first = await self.create(adapter, sim, ssh_public_key=MINE)
         second = await self.create(adapter, sim, ssh_public_key=MINE)

@@ -117,12 +117,13 @@ class Lambda(HttpProvider):
         The pod's own key is put on the machine by cloud-init. No key of the operator's is ever used.
         """
         name = f"gpubroker-{owner}"
-        with before_create():
-            keys = await self.http.call(
-                "read", "GET", "/ssh-keys", read=lambda answer: answer.document().children("data")
-            )
-            if name in {key.text("name") for key in keys}:
-                return name
+        try:
+            with before_create():
+                if name in await self.http.call("read", "GET", "/ssh-keys", read=_read_key_names):
+                    return name
+        except Rejected as rejected:
+            if not rejected.code.startswith("http_4"):  # that it may not be asked says nothing: the launch finds out
+                raise
         public = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
         body = {"name": name, "public_key": f"{public.decode()} {name}"}
         with suppress(AmbiguousOutcome, Rejected):  # another may have added it meanwhile: the launch finds out
@@ -191,6 +192,10 @@ def _offers(item: Document) -> Iterator[ProviderOffer]:
             min_billing_s=60,
             increment_s=60,
         )
+
+
+def _read_key_names(answer: Answer) -> set[str]:
+    return {key.text("name") for key in answer.document().children("data")}
 
 
 def _read_created(answer: Answer) -> base.Created:

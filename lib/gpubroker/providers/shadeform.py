@@ -73,7 +73,7 @@ class Shadeform(HttpProvider):
             "cloud": cloud, "region": offer.region, "shade_instance_type": kind, "shade_cloud": True, "name": ref,
             "launch_configuration": {"type": "docker", "docker_configuration": _docker(spec)},
             "auto_delete": _auto_delete(spec.hard_stop_at, offer.price_micro_h, spent_micro=0),
-            "tags": [ref, _until(spec.hard_stop_at), _PORTS_TAG + ports.write(spec)],
+            "tags": [ref, f"{_UNTIL_TAG}{int(spec.hard_stop_at.timestamp())}", _PORTS_TAG + ports.write(spec)],
         }  # fmt: skip
         if spec.ssh_public_key:
             body["ssh_key_id"] = await self._find_key(ref.split("-")[1], spec.ssh_public_key)
@@ -121,8 +121,9 @@ class Shadeform(HttpProvider):
         seen = await self._look(instance_id)
         spent = seen.usd("cost_estimate") if seen.values.get("cost_estimate") else 0
         tags = [tag for tag in _tags(seen) if not tag.startswith(_UNTIL_TAG)]
-        ending = _auto_delete(hard_stop_at, seen.cents("hourly_price"), spent_micro=spent)
-        changes = {"auto_delete": ending, "tags": [*tags, _until(hard_stop_at)]}
+        price = seen.cents("hourly_price") if seen.has("hourly_price") else None
+        ending = _auto_delete(hard_stop_at, price, spent_micro=spent)
+        changes = {"auto_delete": ending, "tags": [*tags, f"{_UNTIL_TAG}{int(hard_stop_at.timestamp())}"]}
         await self._act(instance_id, "update", "repeatable", changes)
 
     async def _act(self, instance_id: str, action: str, manner: Manner, body: object = None) -> None:
@@ -188,17 +189,13 @@ def _docker(spec: base.Spec) -> dict[str, Any]:
     return docker
 
 
-def _auto_delete(hard_stop_at: datetime, price_micro_h: int, *, spent_micro: int) -> dict[str, str]:
-    seconds = max(0, int((hard_stop_at - datetime.now(UTC)).total_seconds())) + _SPARE_SECONDS
-    cents = -(-(spent_micro + price_micro_h * seconds // 3600) // 10_000)
-    return {
-        "date_threshold": hard_stop_at.astimezone(UTC).isoformat(timespec="seconds"),
-        "spend_threshold": f"{cents // 100}.{cents % 100:02d}",
-    }
-
-
-def _until(hard_stop_at: datetime) -> str:
-    return f"{_UNTIL_TAG}{int(hard_stop_at.timestamp())}"
+def _auto_delete(hard_stop_at: datetime, price_micro_h: int | None, *, spent_micro: int) -> dict[str, str]:
+    ending = {"date_threshold": hard_stop_at.astimezone(UTC).isoformat(timespec="seconds")}
+    if price_micro_h is not None:
+        seconds = max(0, int((hard_stop_at - datetime.now(UTC)).total_seconds())) + _SPARE_SECONDS
+        cents = -(-(spent_micro + price_micro_h * seconds // 3600) // 10_000)
+        ending["spend_threshold"] = f"{cents // 100}.{cents % 100:02d}"
+    return ending
 
 
 def _tags(instance: Document) -> list[str]:
