@@ -117,7 +117,8 @@ class Trial:
         return not was_lost or waited >= min(self.provider.capabilities.visibility_lag_seconds, _GONE_SECONDS / 2)
 
     async def _find_offer(self) -> ProviderOffer:
-        offers = [o for o in await self.provider.list_offers() if o.availability != "none" and o.currency == "USD"]
+        listed = await self.provider.list_offers()
+        offers = [o for o in listed if o.availability != "none" and o.currency == "USD" and not o.spot]
         if not offers:
             raise errors.Rejected("no_offer", "nothing can be had now")
         cheapest = min(offers, key=_reckon)

@@ -474,7 +474,9 @@ class ProviderContract:
             pytest.skip("it forwards no ports")
         machine = await self.create(adapter, sim)
         seen = await adapter.get(machine.id)
-        assert {(e.port, e.protocol) for e in seen.endpoints} >= {(8000, "http"), (9000, "tcp")}
+        found = {e.port: e.protocol for e in seen.endpoints}
+        assert found[8000] in {"http", "tcp"}  # who forwards it as TCP does not know: `pods.present` names it
+        assert found[9000] == "tcp"
         for endpoint in seen.endpoints:
             assert endpoint.host
             assert 0 < endpoint.external_port < 65536
@@ -825,7 +827,7 @@ class ProviderContract:
         if "logs" in has:
             await adapter.logs(machine.id, after=None, since=None, limit=100)
         if "exec" in has:
-            assert (await adapter.exec(machine.id, ["true"], stdin=None, timeout_seconds=5)).exit_code == 0
+            assert (await adapter.exec(machine.id, ["true"], stdin=None, timeout_seconds=5)).exit_code in {0, None}
         await self.live_on(adapter, machine)
         if "stop" in has:
             await adapter.stop(machine.id)

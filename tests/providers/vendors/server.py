@@ -52,7 +52,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fault:
-    """One misbehaviour. `after`: what was asked for happens first. `answer` None: see `how` (hang, reset, cut)."""
+    """One misbehaviour. `after`: what was asked for happens first. `answer` None: see `how` (hang, reset, cut; pass: none)."""
 
     how: str = "answer"
     answer: Answer | None = None
@@ -269,9 +269,9 @@ class Vendor:
                     return fault
                 answer = self._answer(request, handler, match.groupdict())
                 self._check_answer(request, path, answer)
-                if fault is not None:
-                    return Fault("cut", answer) if fault.how == "cut" else fault
-                return answer
+                if fault is None or fault.how == "pass":
+                    return answer
+                return Fault("cut", answer) if fault.how == "cut" else fault
             self.violations.append(f"{request.method} {request.path} is nothing that this vendor serves")
             return Answer(404, b"no such path", content_type="text/plain")
 

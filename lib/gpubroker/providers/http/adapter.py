@@ -2,9 +2,9 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, TypeVar
 
 import httpx
 
@@ -14,10 +14,12 @@ from gpubroker.providers.base import Instance, Provider
 from gpubroker.providers.http.answers import Answer
 from gpubroker.providers.http.breakers import Kind
 from gpubroker.providers.http.buckets import Limit
-from gpubroker.providers.http.client import Client, Header, address
+from gpubroker.providers.http.client import Client, Header, Manner, address
 from gpubroker.providers.http.reading import Document
 
 __all__ = ["Answer", "Document", "Header", "HttpProvider", "Kind", "Limit", "before_create"]
+
+T = TypeVar("T")
 
 _TURN_SECONDS: Final = {"call": 10, "create": 20}
 """What is kept of a call's limit for the wait for its turn under the vendor's rate limits."""
@@ -88,6 +90,19 @@ class HttpProvider(Provider):
     async def list_managed(self, owner: str) -> Sequence[Instance]:
         """Those of the listing that are the owner's."""
         return [instance for instance in await self.list_ours() if (instance.ref or "").startswith(f"gb-{owner}-")]
+
+    async def act(
+        self,
+        method: str,
+        path: str,
+        instance_id: str,
+        read: Callable[[Answer], T],
+        *,
+        body: object = None,
+        manner: Manner = "repeatable",
+    ) -> T:
+        """Change one instance; `Client.call` says what `manner` is."""
+        return await self.http.call("act", method, path, body=body, instance_id=instance_id, manner=manner, read=read)
 
     def read_clock(self) -> float | None:
         """By the `Date` of its last answer, which has whole seconds."""

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Final
 
@@ -102,6 +102,12 @@ class Answer:
             return _until(self.headers["date"])
         except (KeyError, ValueError):
             return None
+
+
+def until_midnight() -> float:
+    """Seconds until a quota of the day, by UTC, is new."""
+    now = datetime.now(UTC)
+    return 86400.0 - timedelta(hours=now.hour, minutes=now.minute, seconds=now.second).total_seconds()
 
 
 def _until(date: str) -> float:

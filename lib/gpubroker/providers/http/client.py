@@ -7,6 +7,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -88,6 +89,8 @@ class Client:
         """Bytes; one that is larger is not read on."""
         self.pause_seconds = 0.25
         """The first pause between two tries, about."""
+        self.poll_seconds = 0.3
+        """Between two looks for a result that will be put somewhere."""
         self.clock_seconds: float | None = None
         """How far the vendor's clock was ahead of ours at its last answer that said its time."""
         self.breakers = Breakers(provider)
@@ -268,6 +271,15 @@ class Client:
                     await response.aclose()
         except (httpx.HTTPError, TimeoutError) as error:
             raise ProviderError("no_answer", f"{type(error).__name__} at a result's address") from None
+
+    async def await_result(self, url: str, hosts: Collection[str], seconds: float) -> bytes | None:
+        """What the vendor will have put there; None when nothing is there in time. Until then the answer is 403 or 404."""
+        until = time.monotonic() + seconds
+        while not (answer := await self.fetch_result(url, hosts, self.largest_answer)).is_success:
+            if time.monotonic() >= until:
+                return None
+            await asyncio.sleep(self.poll_seconds)
+        return answer.body
 
 
 async def _read_body(response: httpx.Response, cap: int) -> bytes:

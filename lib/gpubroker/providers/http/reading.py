@@ -98,6 +98,11 @@ class Document:
             self._fail(key, "is no text" if among is None else f"is none of {', '.join(sorted(among))}")
         return value
 
+    def words(self, key: str) -> str | None:
+        """What a vendor says in its own words, or leaves out: a text without its margins, None when nothing is left of it."""
+        value = self.values.get(key)
+        return value.strip() or None if isinstance(value, str) else None
+
     def whole(self, key: str, *, least: int = 0, most: int = 2**53) -> int:
         """A whole number; `2.0` is one as well."""
         value = self.get(key)
