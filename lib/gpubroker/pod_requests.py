@@ -131,6 +131,8 @@ class Plan(NamedTuple):
     hold_micro: int
     purse: budgets.Purse
     quote_id: str | None = None
+    is_life_paid: bool = False
+    """The lifetime is what the budget pays: nobody asked for one, and the usual one would cost more."""
 
 
 async def request_pod(
@@ -203,10 +205,12 @@ async def plan_pod(tx: store.Transaction, request: PodRequest) -> Plan:
     purse = await read_purse(tx)
     capped = purse.available_micro if request.budget_usd is None else min(purse.available_micro, request.budget_usd)
     life = request.max_lifetime_seconds or (quote.seconds if quote else None)
+    is_paid = False
     if life is None:
-        life = min(holds.DEFAULT_LIFE_SECONDS, holds.affordable_life(candidates, capped))
-        life = max(life, holds.SHORTEST_LIFE_SECONDS)
-    return Plan(candidates, life, holds.needed_micro(candidates, life), purse, request.quote_id)
+        paid = holds.affordable_life(candidates, capped)
+        is_paid = paid < holds.DEFAULT_LIFE_SECONDS
+        life = max(min(holds.DEFAULT_LIFE_SECONDS, paid), holds.SHORTEST_LIFE_SECONDS)
+    return Plan(candidates, life, holds.needed_micro(candidates, life), purse, request.quote_id, is_paid)
 
 
 async def read_purse(tx: store.Transaction) -> budgets.Purse:
@@ -303,7 +307,9 @@ def _make_pod(caller: store.Caller, request: PodRequest, plan: Plan, key: idempo
         token_jti=caller.jti,
         name=request.name,
         life_seconds=plan.life_seconds,
-        spec=request.model_dump(include=kept, mode="json") | {"disk_gb": request.least_disk_gb},
+        spec=request.model_dump(include=kept, mode="json")
+        | {"disk_gb": request.least_disk_gb}
+        | ({"paid_seconds": plan.life_seconds} if plan.is_life_paid else {}),
         candidates=[candidate._asdict() for candidate in plan.candidates],
         env_sealed=seal_secrets(pod_id, secrets) if secrets else None,
         seal_key=sealing.fingerprint() if secrets else None,

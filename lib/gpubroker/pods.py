@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 import psycopg
 from pydantic import BeforeValidator, Field
@@ -18,7 +18,7 @@ from gpubroker.events import ActionData, PodData
 from gpubroker.inputs import Input
 from gpubroker.money import HOUR, InUsd, format_usd
 from gpubroker.resources import Page, State
-from gpubroker.resources.pods import AttemptView, Endpoint, Pod, PodEvent
+from gpubroker.resources.pods import AttemptView, ChosenOffer, Endpoint, Pod, PodEvent
 from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import pods as rows
@@ -342,24 +342,18 @@ def present(pod: rows.PodView) -> Pod:
     )
 
 
-def present_offer(candidate: Candidate) -> dict[str, Any]:
+def present_offer(candidate: Candidate) -> ChosenOffer:
     """An offer as it was when it was chosen, in its public form."""
-    return {
-        "id": candidate.offer_id,
-        "provider": candidate.provider,
-        "provider_offer_id": candidate.provider_offer_id,
-        "gpu": candidate.gpu,
-        "gpu_count": candidate.gpu_count,
-        "vram_gb": candidate.vram_gb,
-        "vcpus": candidate.vcpus,
-        "ram_gb": candidate.ram_gb,
-        "disk_gb": candidate.disk_gb,
-        "region": candidate.region,
-        "country": candidate.country,
-        "spot": candidate.spot,
-        "price_usd_per_hour": format_usd(candidate.price_micro_h),
-        "supports": candidate.supports,
-    }
+    same = {name: getattr(candidate, name) for name in ChosenOffer.model_fields if name in Candidate._fields}
+    return ChosenOffer(
+        id=candidate.offer_id,
+        price_usd_per_hour=candidate.price_micro_h,
+        price_usd_per_gpu_hour=candidate.price_micro_h // candidate.gpu_count if candidate.gpu_count else None,
+        min_billing_seconds=candidate.min_billing_s,
+        billing_increment_seconds=candidate.increment_s,
+        stopped_price_usd_per_hour=candidate.stopped_micro_h,
+        **same,
+    )
 
 
 def _read_candidate(pod: rows.PodView) -> Candidate:

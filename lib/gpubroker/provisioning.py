@@ -589,10 +589,10 @@ async def expire(pod_id: str) -> bool:
         if pod.wanted == "gone" or (pod.ends_at > pod.now and not is_idle):
             return False
         reason = f"idle for {pod.idle_seconds} s" if is_idle and pod.ends_at > pod.now else None
-        await pod_rows.want_gone(tx.conn, pod.id, "lifetime", sightings.allowance(pod), over_at, reason)
-        await sightings.announce(
-            tx, replace(pod, state="terminating", version=pod.version + 1, ends_because="lifetime")
-        )
+        life = round((pod.ends_at - pod.created_at).total_seconds())
+        because = "budget" if reason is None and pod.spec.get("paid_seconds") == life else "lifetime"
+        await pod_rows.want_gone(tx.conn, pod.id, because, sightings.allowance(pod), over_at, reason)
+        await sightings.announce(tx, replace(pod, state="terminating", version=pod.version + 1, ends_because=because))
         return True
 
 
@@ -615,7 +615,8 @@ async def _plan_next(scene: Scene, work: Work) -> None:
         pause = min(_POLL_SECONDS * (1 + pod.failures // 10), _SLOW_POLL_SECONDS)
         due_at, failures = pod.now + timedelta(seconds=pause), pod.failures + 1
     else:
-        due_at, failures = pod.now, pod.failures
+        again = sightings.AGAIN_AFTER.get(pod.state) if step in (Step.START, Step.ATTEMPT) else None
+        due_at, failures = pod.now + (again or timedelta()), pod.failures
     await rows.save_pod(scene.tx.conn, _due(work, replace(pod, failures=failures), due_at))
 
 

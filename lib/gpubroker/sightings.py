@@ -23,6 +23,8 @@ TWO_LOOKS: Final = timedelta(seconds=60)
 """Two answers that an instance is gone must be so far apart."""
 LONG_SILENCE: Final = timedelta(minutes=15)
 MANY_LISTINGS: Final = 3
+AGAIN_AFTER: Final = {"stopped": timedelta(seconds=1), "interrupted": timedelta(seconds=5)}
+"""So long after its end by itself a pod is started again, by its state: what ends at once each time shall not spin."""
 _AFTER_A_RUN: Final = frozenset({"stopped", "interrupted", "gone"})
 _AT_REST: Final = frozenset({"none", "storage"})
 
@@ -164,9 +166,7 @@ def follow(pod: PodRow, instance: InstanceRow, seen: base.Instance, moment: date
     if seen.life == "stopped":
         return _follow_stopped(pod, instance, seen)
     if seen.life == "interrupted":
-        return replace(
-            pod, state="interrupted", state_reason=seen.reason or "the provider took it away", wanted="stopped"
-        )
+        return _follow_interrupted(pod, instance, seen)
     if seen.life in ("starting", "stopping") and pod.state in ("creating", "starting", "stopping", "unreachable"):
         state = "stopping" if pod.wanted == "stopped" else "starting"
         return replace(pod, state=state, state_reason=seen.reason)
@@ -195,8 +195,26 @@ def _follow_stopped(pod: PodRow, instance: InstanceRow, seen: base.Instance) -> 
     if pod.spec.get("on_exit") == "terminate":
         return _want_end(ended, "exited")
     if policy == "always":
-        return replace(ended, due_at=pod.now + timedelta(seconds=1))
+        return replace(ended, due_at=pod.now + AGAIN_AFTER[ended.state])
     return replace(ended, wanted="stopped", wanted_at=pod.now)
+
+
+def _follow_interrupted(pod: PodRow, instance: InstanceRow, seen: base.Instance) -> PodRow:
+    if pod.wanted == "running" and instance.life == "interrupted" and not ran_unseen(instance, seen):
+        return pod  # it was taken away before, and its start is on the way
+    return interrupt(pod, seen.reason or "the provider took it away")
+
+
+def interrupt(pod: PodRow, reason: str) -> PodRow:
+    """The pod after its provider took its instance away: wanted back, ended or left, as its agent said. A pure rule."""
+    taken = replace(pod, state="interrupted", state_reason=reason, failures=0)
+    if pod.wanted == "stopped":
+        return taken
+    if pod.spec.get("restart_policy", "never") != "never":
+        return replace(taken, wanted_at=pod.now, due_at=pod.now + AGAIN_AFTER[taken.state])  # any offer may be tried
+    if pod.spec.get("on_exit") == "terminate":
+        return _want_end(taken, "interrupted")
+    return replace(taken, wanted="stopped")
 
 
 def _want_end(pod: PodRow, because: str) -> PodRow:
@@ -299,8 +317,8 @@ async def finish_instance(scene: Scene, ended_at: datetime, evidence: Mapping[st
         return replace(scene, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
     after = replace(pod, billing="none", due_at=pod.now)
     if pod.wanted != "gone":
-        after = replace(after, state="interrupted", state_reason="the provider ended it", wanted="stopped")
-        after = replace(after, due_at=pod.ends_at)
+        after = interrupt(after, "the provider ended it")
+        after = replace(after, due_at=pod.ends_at) if after.wanted == "stopped" else after
     after = await save(tx, pod, after)
     return replace(scene, pod=after, instance=replace(instance, gone_at=pod.now, ended_at=ended_at))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gpubroker.resources.agents import Agent, AgentWithKey, Key, KeyWithSecret
     from gpubroker.resources.budgets import Budget
     from gpubroker.resources.offers import NoMatch, Offer, OfferPage
-    from gpubroker.resources.pods import DryRun, Endpoint, Pod
+    from gpubroker.resources.pods import ChosenOffer, DryRun, Endpoint, Pod
     from gpubroker.resources.usage import Usage
 
 NUMERIC: Final = frozenset(
@@ -83,15 +83,15 @@ def of_pods(page: "Page[Pod]") -> Table:
 
 def of_pod(pod: "Pod") -> Table:
     """All that matters of one pod."""
-    offer = pod.offer or {}
-    machine = f"{_gpu_of(offer)}, {offer.get('vcpus', 0):g} vCPUs, {offer.get('ram_gb', 0):g} GB RAM"
+    offer = pod.offer
+    machine = f"{_gpu_of(offer)}, {offer.vcpus:g} vCPUs, {offer.ram_gb:g} GB RAM"
     money = f"{usd(pod.price_usd_per_hour)} USD/h, {usd(pod.spent_usd)} spent, {usd(pod.committed_usd)} committed"
     is_over = pod.state == "terminated"
     fields = {
         "pod": pod.id,
         "name": pod.name,
         "state": pod.state + (f" ({pod.state_reason})" if pod.state_reason else ""),
-        "on": f"{pod.provider or offer.get('provider')}: {machine.removeprefix(_NO_GPU)}",
+        "on": f"{pod.provider or offer.provider}: {machine.removeprefix(_NO_GPU)}",
         "price": money,
         "ends": None if is_over else f"{format_time(pod.expires_at.replace(microsecond=0))}, in {_end(pod)}",
         "ended by": pod.ends_because,
@@ -118,10 +118,10 @@ def of_dry_run(run: "DryRun") -> Table:
     return Table(("", ""), rows)
 
 
-def _describe(offer: dict[str, Any]) -> str:
-    where = _where(str(offer["provider"]), str(offer["region"]))
-    price = usd_text(str(offer["price_usd_per_hour"]))
-    return ", ".join(text for text in (offer["id"], _gpu_of(offer), where, f"{price} USD/h") if text != _NOTHING)
+def _describe(offer: "ChosenOffer") -> str:
+    where = _where(offer.provider, offer.region)
+    price = f"{usd(offer.price_usd_per_hour)} USD/h"
+    return ", ".join(text for text in (offer.id, _gpu_of(offer), where, price) if text != _NOTHING)
 
 
 def of_usage(usage: "Usage") -> Table:
@@ -236,8 +236,8 @@ def _gpu(model: str | None, count: int) -> str:
     return f"{count}x {model}" if model else _NOTHING
 
 
-def _gpu_of(offer: dict[str, Any] | None) -> str:
-    return _gpu(offer.get("gpu"), int(offer.get("gpu_count") or 0)) if offer else _NOTHING
+def _gpu_of(offer: "ChosenOffer") -> str:
+    return _gpu(offer.gpu, offer.gpu_count)
 
 
 def _end(pod: "Pod") -> str:

@@ -50,7 +50,7 @@ class Target(NamedTuple):
     pod_id: str
     provider: str | None
     instance_id: str | None
-    is_ended: bool
+    ended_at: datetime | None
 
 
 async def find_target(tx: store.Transaction, pod_id: str, action: str) -> Target:
@@ -70,7 +70,7 @@ async def find_target(tx: store.Transaction, pod_id: str, action: str) -> Target
             more={"state": pod.state},
             steps=[errors.Next("GET", f"/v1/pods/{pod_id}?wait=30&until=running")],
         )
-    return Target(pod_id, pod.provider, pod.provider_instance_id, pod.state == "terminated")
+    return Target(pod_id, pod.provider, pod.provider_instance_id, pod.terminated_at)
 
 
 async def execute(adapters: Adapters, target: Target, request: ExecRequest) -> ExecAnswer:
@@ -103,11 +103,14 @@ async def read_log(adapters: Adapters, target: Target, query: LogQuery) -> bytes
     return _cut_tail(page.data, query.tail)
 
 
-async def _read_kept(target: Target, after: int | None) -> base.LogPage:
-    """The last of the log of a pod that has ended, as it was kept; empty when there was none."""
+async def _read_kept(target: Target, after: int | None, since: datetime | None) -> base.LogPage:
+    """The last of the log of a pod that has ended, as it was kept; empty when there was none, or nothing that late.
+
+    What was kept has no times of its lines: `since` a moment before the end leaves all of it.
+    """
     async with store.worker() as tx:
         kept = await pod_rows.find_log(tx.conn, target.pod_id)
-    if kept is None:
+    if kept is None or (since is not None and target.ended_at is not None and since >= target.ended_at):
         return base.LogPage(after or 0, b"")
     starts_at, data = kept
     skipped = max(0, (after or 0) - starts_at)
@@ -115,15 +118,15 @@ async def _read_kept(target: Target, after: int | None) -> base.LogPage:
 
 
 async def _read(adapters: Adapters, target: Target, after: int | None, since: datetime | None) -> base.LogPage:
-    if target.provider is None or target.instance_id is None or target.is_ended:
-        return await _read_kept(target, after)
+    if target.provider is None or target.instance_id is None or target.ended_at is not None:
+        return await _read_kept(target, after, since)
     provider = adapters.get(target.provider)
     try:
         return await asyncio.wait_for(
             provider.logs(target.instance_id, after=after, since=since, limit=LOG_BYTES), _CALL_SECONDS
         )
     except errors.InstanceNotFound:
-        return await _read_kept(target, after)
+        return await _read_kept(target, after, since)
     except errors.CannotDo as error:
         raise errors.NotSupported(error.detail, more={"errors": []}) from None
     except (errors.ProviderError, TimeoutError, OSError) as error:

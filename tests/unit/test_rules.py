@@ -257,8 +257,8 @@ def test_a_sighting_never_wants_what_its_agent_does_not():
             assert after.wanted == "stopped"
         if after.wanted == "gone" and pod.wanted != "gone":
             assert pod.spec.get("on_exit") == "terminate"
-            assert seen.life == "stopped"
-            assert (after.state, after.ends_because) == ("terminating", "exited")
+            assert (seen.life, after.ends_because) in (("stopped", "exited"), ("interrupted", "interrupted"))
+            assert after.state == "terminating"
             assert after.charge_until == NOW + timedelta(seconds=120)
 
 
@@ -279,6 +279,26 @@ def test_what_the_provider_took_away_is_interrupted_and_not_wanted_back_by_defau
         make_pod(state="running"), make_instance(started_at=NOW), sighting("interrupted", reason="outbid"), NOW
     )
     assert (after.state, after.wanted, after.state_reason) == ("interrupted", "stopped", "outbid")
+
+
+def test_what_was_taken_away_comes_back_or_ends_where_its_agent_said_so():
+    running, taken = make_instance(life="running", started_at=NOW), sighting("interrupted")
+    for spec, state, wanted, because in (
+        ({"restart_policy": "on_interrupt"}, "interrupted", "running", None),
+        ({"restart_policy": "always"}, "interrupted", "running", None),
+        ({"restart_policy": "on_interrupt", "on_exit": "terminate"}, "interrupted", "running", None),
+        ({"on_exit": "terminate"}, "terminating", "gone", "interrupted"),
+    ):  # fmt: skip
+        after = follow(make_pod(state="running", spec=spec), running, taken, NOW)
+        assert (after.state, after.wanted, after.ends_because) == (state, wanted, because), spec
+        if wanted == "running":
+            assert (after.wanted_at, after.due_at) == (NOW, NOW + timedelta(seconds=5))
+            assert next_step(Work(after, [make_attempt()], make_instance(life="interrupted"))) is Step.START
+            assert next_step(Work(after, [make_attempt()], None)) is Step.ATTEMPT
+    starting = make_pod(state="starting")  # its agent started it: a look from before that takes nothing back
+    assert follow(starting, make_instance(life="interrupted", started_at=NOW), taken, NOW) == starting
+    stopping = make_pod(state="stopping", wanted="stopped", spec={"restart_policy": "always"})
+    assert follow(stopping, running, taken, NOW).wanted == "stopped"
 
 
 @given(

@@ -31,6 +31,30 @@ class AttemptView(Output):
     at: Moment
 
 
+class ChosenOffer(Output):
+    """An offer as it was when it was chosen: its price is for the disk asked for, and stays."""
+
+    id: str
+    provider: str
+    provider_offer_id: str
+    gpu: str | None
+    gpu_count: int
+    vram_gb: int | None = Field(description="Nominal, per GPU.")
+    vcpus: float
+    ram_gb: float
+    disk_gb: int
+    region: str
+    country: str | None
+    spot: bool
+    price_usd_per_hour: Usd
+    price_usd_per_gpu_hour: Usd | None
+    min_billing_seconds: int
+    billing_increment_seconds: int
+    stopped_price_usd_per_hour: Usd | None
+    supports: list[str]
+    reliability: float | None
+
+
 class Pod(Output):
     """What an agent wanted and what there is of it."""
 
@@ -42,8 +66,8 @@ class Pod(Output):
     provider: str | None
     provider_instance_id: str | None
     provider_status: str | None
-    offer: dict[str, Any] | None
-    price_usd_per_hour: Usd | None
+    offer: ChosenOffer
+    price_usd_per_hour: Usd
     spent_usd: Usd
     budget_usd: Usd | None
     committed_usd: Usd
@@ -68,8 +92,8 @@ class Pod(Output):
 class DryRun(Output):
     """What a request for a pod would choose and hold."""
 
-    offer: dict[str, Any]
-    alternatives: list[dict[str, Any]]
+    offer: ChosenOffer
+    alternatives: list[ChosenOffer]
     commit_usd: Usd
     available_usd: Usd
     affordable_seconds: int
@@ -80,7 +104,7 @@ class Quote(Output):
     """A price that is firm until `expires_at`, for one pod of the agent that asked."""
 
     id: str
-    offer: dict[str, Any]
+    offer: ChosenOffer
     price_usd_per_hour: Usd
     duration_seconds: int
     total_usd: Usd = Field(description="What would be held for it: the minimum and the end included.")
