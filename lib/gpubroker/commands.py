@@ -155,6 +155,23 @@ def deadman(as_json: AsJson = False) -> int:
     return 0 if all(report.is_good for report in reports) else 1
 
 
+@app.command()
+def doctor(as_json: AsJson = False) -> int:
+    """Look at the installation from inside and outside, and say what to do. Exit code 1 when something is bad."""
+    import asyncio
+
+    from gpubroker import doctor as checks
+
+    found = asyncio.run(checks.examine())
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in found]))
+    for finding in found if not as_json else []:
+        print(f"{finding.status:8} {finding.check}: {finding.said}")
+        if finding.what_to_do:
+            print(f"         {finding.what_to_do}")
+    return 1 if any(finding.status == "bad" for finding in found) else 0
+
+
 @catalog_app.command("refresh")
 def refresh(as_json: AsJson = False) -> None:
     """Refresh the offers of every provider that is on."""
