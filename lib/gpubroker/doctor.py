@@ -222,7 +222,7 @@ async def check_broker(settings: config.Settings) -> Finding:
 async def check_functions(settings: config.Settings) -> Finding:
     """Every public function answers where agents call it."""
     names = [function.name for function in bundle.FUNCTIONS if function.kind == "public"]
-    base = settings.public_url
+    base = (settings.variable("GPUBROKER_URL") or settings.public_url).rstrip("/")
     urls = [f"{base.replace('{function}', name)}/openapi/{name}.json" for name in names]
     answers = await asyncio.gather(*(_ask(url, _COLD_SECONDS) for url in urls))
     silent = {name: answer for name, answer in zip(names, answers, strict=True) if answer != 200}  # noqa: PLR2004 - OK
