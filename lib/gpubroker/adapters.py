@@ -1,13 +1,19 @@
 """The adapters of this process, made at their first use, for the functions that hold vendor credentials."""
 
+from typing import TYPE_CHECKING
+
 from gpubroker import config
-from gpubroker.providers.registry import Adapters
 
-_adapters: Adapters | None = None
+if TYPE_CHECKING:
+    from gpubroker.providers.registry import Adapters
+
+_adapters: "Adapters | None" = None
 
 
-def mine() -> Adapters:
+def mine() -> "Adapters":
     """The adapters of this process."""
+    from gpubroker.providers.registry import Adapters  # noqa: PLC0415 - most functions never need it
+
     global _adapters  # noqa: PLW0603 - functions-framework has no lifespan to keep it in
     if _adapters is None:
         _adapters = Adapters(config.settings())

@@ -126,6 +126,11 @@ def forget_variables(*names: str) -> None:
         os.environ.pop(name, None)
 
 
+def spare_plugins() -> None:
+    """Let pydantic look for no plugins of its own: it would read what every installed package declares."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
+
 def with_variables(base: Settings, **changes: str) -> Settings:
     """Read settings anew with some variables replaced."""
     return replace(read({**base.variables, **changes}))

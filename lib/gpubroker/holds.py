@@ -12,7 +12,7 @@ import psycopg
 from gpubroker import errors
 from gpubroker.budgets import Purse, affordable_seconds
 from gpubroker.money import HOUR, cost
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 
 DEFAULT_LIFE_SECONDS: Final = HOUR
 """The longest life of a pod that was given none; a pod without an end there is not."""

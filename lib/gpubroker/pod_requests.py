@@ -24,7 +24,7 @@ from gpubroker.store import offers as offer_rows
 from gpubroker.store import pods as rows
 from gpubroker.store import quotes as quote_rows
 from gpubroker.store import tokens as token_rows
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 
 _RESERVED: Final = "GPUBROKER_"
 

@@ -23,7 +23,7 @@ from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import pods as rows
 from gpubroker.store import tokens as token_rows
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 from gpubroker.times import count_micros, parse_time
 
 Opener = Callable[[], AbstractAsyncContextManager[store.Transaction]]

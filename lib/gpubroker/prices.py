@@ -8,7 +8,6 @@ from pydantic import Field
 from gpubroker import errors, inputs, store
 from gpubroker.resources.offers import PriceHistory
 from gpubroker.store import offers as rows
-from gpubroker.store.instances import read_instant
 
 _STEPS: Final = {"hour": timedelta(hours=1), "day": timedelta(days=1), "week": timedelta(weeks=1)}
 _USUAL: Final = 30
@@ -34,7 +33,7 @@ async def show_history(tx: store.Transaction, model: str, query: HistoryQuery) -
         meant = f" Did you mean {near}?" if near else ""
         raise errors.NotFound(f"{model!r} is no GPU model known here.{meant}", steps=[errors.Next("GET", "/v1/gpus")])
     step = _STEPS[query.step]
-    to_at = query.to or await read_instant(tx.conn)
+    to_at = query.to or await store.read_instant(tx.conn)
     try:
         from_at = query.from_ or to_at - step * _USUAL
     except OverflowError:

@@ -27,8 +27,8 @@ from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
 from gpubroker.store import pods as pod_rows
+from gpubroker.store.candidates import Candidate
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
-from gpubroker.store.offers import Candidate
 
 log = logging.getLogger("gpubroker.provisioning")
 
@@ -563,7 +563,7 @@ async def _limited(attempt: AttemptRow, call: Awaitable[T]) -> T:
 
 async def _read_instant() -> datetime:
     async with store.worker() as tx:
-        return await rows.read_instant(tx.conn)
+        return await store.read_instant(tx.conn)
 
 
 def _due(work: Work, pod: PodRow, due_at: datetime | None) -> PodRow:

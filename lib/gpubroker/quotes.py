@@ -15,7 +15,7 @@ from gpubroker.pods import Life, present_offer
 from gpubroker.resources.pods import Quote
 from gpubroker.store import offers as offer_rows
 from gpubroker.store import quotes as rows
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 
 FIRM_SECONDS: Final = 120
 

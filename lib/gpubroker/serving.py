@@ -76,6 +76,7 @@ def serve(name: str, port: int | None, host: str) -> int:
     """Serve a function until SIGTERM or SIGINT. Raises SetupError when it cannot work as it is set up."""
     gc.disable()  # until it listens: what is loaded stays, and looking through it again and again is a tenth of the start
     bundle.function(name)
+    config.spare_plugins()
     settings = config.settings()
     settings.need("DATABASE_URL", "GPUBROKER_OWNER", "GPUBROKER_SECRET_KEY")
     import uvicorn  # noqa: PLC0415 - after the settings, so that a wrong set-up is said at once

@@ -227,7 +227,7 @@ async def _end_stray(listing: Listing, stray: InstanceRow) -> None:
         fresh = await rows.lock_instance(tx.conn, stray.account_id, name)
         if fresh is None or fresh.gone_at is not None:
             return
-        now = await rows.read_instant(tx.conn)
+        now = await store.read_instant(tx.conn)
         if seen is not None and seen.life == "gone":
             ended = min(seen.ended_at or now, now)
             await rows.mark_gone(tx.conn, fresh.id, ended, {"kind": "final", "said": seen.status})

@@ -22,7 +22,6 @@ from gpubroker.resources.usage import (
     UsageRow,
 )
 from gpubroker.store import usage as rows
-from gpubroker.store.instances import read_instant
 
 _GROUP: Final = r"^(agent|pod|provider|gpu|hour|day|month|label:[A-Za-z0-9][A-Za-z0-9._/-]{0,62})$"
 
@@ -64,7 +63,7 @@ async def list_records(tx: store.Transaction, query: RecordsQuery) -> Page[Usage
 
 
 async def _read_span(tx: store.Transaction, query: UsageQuery | RecordsQuery) -> rows.Span:
-    to_at = query.to or await read_instant(tx.conn)
+    to_at = query.to or await store.read_instant(tx.conn)
     from_at = query.from_ or to_at.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     if from_at >= to_at:
         raise inputs.invalid("?from", "must be before to")

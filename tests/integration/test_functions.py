@@ -151,27 +151,27 @@ FRAMEWORK = (
 )
 """functions-framework brings Flask and all that it needs; the rest is what any of our functions is made of."""
 OURS = (
-    "adapters bundle cache cli config errors events ids inputs keys money operations outbox providers providers.base"
-    " providers.registry rates resources resources.pods sealing serving signing store store.events store.migrations"
+    "adapters bundle cache cli config errors events ids inputs keys money operations outbox"
+    " rates resources resources.pods sealing serving signing store store.events store.migrations"
     " store.tokens times web"
 )
-_RENTING = (
-    "budgets holds paging resources.agents resources.budgets resources.offers store.accounts store.budgets store.offers"
-)
-_DRIVING = f"consumer {_RENTING} sightings provisioning store.billing store.instances store.pods"
+_RENTING = "budgets holds paging resources.agents resources.budgets store.accounts store.budgets store.candidates"
+_OFFERING = "resources.offers store.offers"
+_VENDORS = "providers providers.base providers.registry"
+_DRIVING = f"consumer {_RENTING} {_VENDORS} sightings provisioning store.billing store.instances store.pods"
 MAY_LOAD = {
     "auth": f"{_RENTING} accounts idempotency pods resources.tokens store.idempotency store.pods tokens",
-    "offers": f"{_RENTING} idempotency offers pods prices quotes shelf store.entrance store.idempotency "
+    "offers": f"{_RENTING} {_OFFERING} idempotency offers pods prices quotes shelf store.entrance store.idempotency "
     "store.instances store.pods store.quotes",
-    "pods": f"{_RENTING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
-    "exec": f"{_RENTING} pods store.pods terminals",
-    "usage": f"{_RENTING} resources.usage store.instances store.usage usage",
-    "intake": f"{_RENTING} consumer idempotency intake offers pod_requests pods quotes resources.commands store.commands "
-    "store.idempotency store.pods store.quotes",
+    "pods": f"{_RENTING} {_OFFERING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
+    "exec": f"{_RENTING} {_VENDORS} pods store.pods terminals",
+    "usage": f"{_RENTING} resources.usage store.usage usage",
+    "intake": f"{_RENTING} {_OFFERING} consumer idempotency intake offers pod_requests pods quotes resources.commands "
+    "store.commands store.idempotency store.pods store.quotes",
     "provisioning": _DRIVING,
-    "metering": "consumer metering resources.offers store.billing store.instances store.offers",
+    "metering": "consumer metering store.billing store.candidates store.instances",
     "reconcile": f"{_DRIVING} catalog gpus metering reconciling store.catalog sweep",
-    "catalog": "catalog consumer gpus store.catalog",
+    "catalog": f"{_VENDORS} catalog consumer gpus store.catalog",
     "deadletter": "consumer",
 }
 OF_VENDORS = {"catalog", "reconcile"}

@@ -14,8 +14,8 @@ from tests.books import bounded
 from gpubroker.providers import base
 from gpubroker.provisioning import Step, Work, next_step
 from gpubroker.sightings import find_moment, follow
+from gpubroker.store.candidates import Candidate
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
-from gpubroker.store.offers import Candidate
 
 NOW = datetime(2026, 11, 20, 12, tzinfo=UTC)
 CAPABILITIES = {

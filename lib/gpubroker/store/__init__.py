@@ -223,3 +223,12 @@ def told_refusal(sqlstate: str | None, scope: str | None) -> errors.Problem | No
     if sqlstate == "GB403":
         return errors.Forbidden(f"This needs the scope {scope or ''}.", more={"scope": scope or ""})
     return None
+
+
+async def read_instant(conn: Connection) -> datetime:
+    """The only clock of billing."""
+    row = await (await conn.execute("SELECT instant()")).fetchone()
+    if row is None:
+        msg = "instant() returned nothing"
+        raise LookupError(msg)
+    return row[0]

@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 
 OPEN: Final = ("open", "ambiguous")
 
@@ -534,15 +534,3 @@ _FIND_BILLABLE: Final = "SELECT id, seen_at FROM instance WHERE pod_id = %s AND 
 async def list_billable(conn: Connection, pod_id: str) -> list[tuple[str, datetime]]:
     """A pod's instances that were ever seen."""
     return [(str(row[0]), row[1]) for row in await (await conn.execute(_FIND_BILLABLE, (pod_id,))).fetchall()]
-
-
-_NOW: Final = "SELECT instant()"
-
-
-async def read_instant(conn: Connection) -> datetime:
-    """The only clock of billing."""
-    row = await (await conn.execute(_NOW)).fetchone()
-    if row is None:
-        msg = "instant() returned nothing"
-        raise LookupError(msg)
-    return row[0]

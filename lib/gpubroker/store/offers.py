@@ -8,6 +8,7 @@ from psycopg.rows import class_row
 
 from gpubroker.resources.offers import Gpu, Offer, PriceStep, ProviderView
 from gpubroker.store import Connection
+from gpubroker.store.candidates import Candidate
 
 _COLUMNS: Final = """
 SELECT o.id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.region, o.country,
@@ -266,33 +267,6 @@ SELECT DISTINCT gpu FROM offer_shape WHERE lower(regexp_replace(gpu, '[^A-Za-z0-
 async def list_called(conn: Connection, compact: str) -> list[str]:
     """The GPUs that offers ever had whose name, its letters and digits alone in lower case, is this."""
     return [str(row[0]) for row in await (await conn.execute(_CALLED, (compact,))).fetchall()]
-
-
-class Candidate(NamedTuple):
-    """An offer as a pod may use it: the price for the disk asked for, and what its provider needs and costs."""
-
-    offer_id: str
-    account_id: str
-    provider: str
-    provider_offer_id: str
-    gpu: str | None
-    gpu_count: int
-    vram_gb: int | None
-    vcpus: float
-    ram_gb: float
-    disk_gb: int
-    region: str
-    country: str | None
-    spot: bool
-    price_micro_h: int
-    stopped_micro_h: int | None
-    min_billing_s: int
-    increment_s: int
-    supports: list[str]
-    reliability: float | None
-    capabilities: dict[str, Any]
-    priced_disk_gb: int | None = None
-    """The most disk that this price is for; None in rows of before, which were made for a disk."""
 
 
 _CANDIDATE: Final = """

@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection, Transaction
-from gpubroker.store.offers import Candidate
+from gpubroker.store.candidates import Candidate
 
 DUPLICATE_SECONDS: Final = 120
 HARD_STOP_SECONDS: Final = 15 * 60
