@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
 from statistics import median_low
 from typing import Any, Final
@@ -30,23 +31,27 @@ _FAR: Final = 10
 async def refresh_all(adapters: Adapters) -> dict[str, str]:
     """Refresh every provider that is on and due. Says of each what came of it, in a line."""
     names = registry.enabled(config.settings())
-    said = await asyncio.gather(*(_refresh(adapters, name) for name in names))
+    gate = asyncio.Semaphore(max(1, config.settings().pool_size // 2))
+    said = await asyncio.gather(*(_refresh(adapters, name, gate) for name in names))
     return dict(zip(names, said, strict=True))
 
 
-async def _refresh(adapters: Adapters, name: str) -> str:
+async def _refresh(adapters: Adapters, name: str, gate: asyncio.Semaphore) -> str:
     try:
-        changes = await refresh_offers(adapters.get(name), config.settings().tick_seconds)
+        changes = await refresh_offers(adapters.get(name), config.settings().tick_seconds, gate)
     except (errors.GpubrokerError, TimeoutError, OSError) as error:
         log.warning("the offers of %s were not refreshed: %s %s", name, type(error).__name__, error)
         return f"failed: {type(error).__name__} {error}"
     return "not due" if changes is None else f"{changes.changed} changed, {changes.gone} gone"
 
 
-async def refresh_offers(provider: Provider, tick_seconds: int) -> rows.Changes | None:
+async def refresh_offers(
+    provider: Provider, tick_seconds: int, gate: AbstractAsyncContextManager[object] | None = None
+) -> rows.Changes | None:
     """Make the provider's offers in the database what it says now; None when a refresh is not due yet.
 
-    A provider that fails, or answers in part, loses no offer: they grow stale and say so.
+    A provider that fails, or answers in part, loses no offer: they grow stale and say so. Large listings are written through
+    `gate`, so that they do not take all connections; asking the vendor needs none.
     """
     capabilities = provider.capabilities
     every = max(capabilities.refresh_seconds, tick_seconds)
@@ -62,7 +67,7 @@ async def refresh_offers(provider: Provider, tick_seconds: int) -> rows.Changes 
     except (errors.ProviderError, TimeoutError, OSError) as error:
         await _give_up(provider.name, account_id, refresh_id, f"{type(error).__name__}: {error}")
         raise
-    async with store.worker() as tx:
+    async with gate or nullcontext(), store.worker() as tx:
         medians = None if capabilities.priced_by_operator else await rows.read_medians(tx.conn, _FEW)
         offers = _read_offers(listed, medians)
         changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)

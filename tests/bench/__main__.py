@@ -1,6 +1,6 @@
 """`make bench`: measure, print a table, write JSON. Figures are medians beside those of functions-framework's hello.
 
-make bench [ARGS="[search] [start] [create] [bill] [--json FILE]"]
+make bench [ARGS="[search] [start] [create] [bill] [refresh] [--json FILE]"]
 """
 
 import argparse
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
-from tests.bench import billing, creating, searching, starting
+from tests.bench import billing, creating, refreshing, searching, starting
 from tests.bench.figures import Figure, write_json, write_table
 from tests.bench.ground import prepared
 from tests.bench.served import cores
 
-PARTS = ("start", "search", "bill", "create")
+PARTS = ("start", "search", "bill", "refresh", "create")
 
 
 async def measure(parts: Sequence[str]) -> list[Figure]:
@@ -31,6 +31,8 @@ async def measure(parts: Sequence[str]) -> list[Figure]:
             figures += await searching.measure(ground)
         if "bill" in parts:
             figures += await billing.measure(ground)
+        if "refresh" in parts:
+            figures += await refreshing.measure(ground)
     return figures
 
 
