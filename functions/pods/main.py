@@ -1,7 +1,7 @@
 """Function `pods`: what is wanted. It writes rows and never calls a provider."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import functions_framework.aio
 from starlette.requests import Request
@@ -14,6 +14,7 @@ from gpubroker.resources.pods import DryRun, Pod, PodEvent
 from gpubroker.store import pods as rows
 
 api = web.Api("pods")
+_WAIT: Final = re.compile(r'(?:^|[,;])\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(?:$|[,;])', re.IGNORECASE)
 
 
 class CreateQuery(domain.WaitQuery):
@@ -145,11 +146,12 @@ async def answer_action(call: web.Call[web.B, domain.WaitQuery], *, gone: bool =
 
 
 def wait_query(call: web.Call[web.B, domain.WaitQuery] | web.Call[web.B, CreateQuery]) -> domain.WaitQuery:
-    """The query, with `Prefer: wait=N` where it says nothing of waiting."""
-    preferred = re.search(r"\bwait=(\d{1,2})\b", call.request.headers.get("prefer", ""))
-    if preferred is None or "wait" in call.query.model_fields_set:
+    """The query, with `Prefer: wait=N` (RFC 7240) where it says nothing of waiting; one that is out of range is not obeyed."""
+    preferred = _WAIT.search(call.request.headers.get("prefer", ""))
+    if preferred is None or int(preferred[1]) > domain.LONGEST_WAIT or "wait" in call.query.model_fields_set:
         return call.query
-    return call.query.model_copy(update={"wait": min(60, int(preferred[1]))})
+    call.headers["Preference-Applied"] = f"wait={preferred[1]}"
+    return call.query.model_copy(update={"wait": int(preferred[1])})
 
 
 @functions_framework.aio.http

@@ -53,9 +53,9 @@ async def show_statement(call: web.Call[Nothing, NoQuery]) -> web.Handled:
     """Show the statement of a month, as JSON or, where that is accepted, as CSV."""
     async with call.transaction() as tx:
         statement = await domain.make_statement(tx, call.path("month"))
-    if "text/csv" in call.request.headers.get("accept", ""):
+    if web.prefers_csv(call.request):
         return web.show_csv(domain.write_csv(statement), f"statement-{statement.month}.csv")
-    return web.Answer(statement)
+    return web.Answer(statement, headers={"Vary": "Accept"})
 
 
 @api.operation("GET", "/v1/limits", scope="usage:read", answers={200: LimitsView})

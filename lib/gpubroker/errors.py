@@ -70,6 +70,8 @@ class Problem(GpubrokerError):
     title: ClassVar[str] = "Something failed here"
     retryable: ClassVar[bool] = False
     hint: ClassVar[str] = "Try again later; if it stays, give the operator the request_id."
+    helps: ClassVar[tuple[Next, ...]] = ()
+    """Calls that help whatever the detail is; `steps` of one problem stand in their place."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Problem(GpubrokerError):
         super().__init__(detail or self.title)
         self.detail = detail or self.title
         self.said_hint = hint or self.hint
-        self.steps = tuple(steps)
+        self.steps = tuple(steps) or self.helps
         self.more = dict(more or {})
         self.headers = dict(headers or {})
 
@@ -107,6 +109,7 @@ class BudgetExhausted(Problem):
 
     status, slug, title = 402, "budget_exhausted", "The budget does not cover this"
     hint = "Ask for a shorter max_lifetime_seconds or a cheaper offer, or have the budget raised."
+    helps = (Next("GET", "/v1/budgets"),)
 
 
 class Forbidden(Problem):
@@ -114,6 +117,7 @@ class Forbidden(Problem):
 
     status, slug, title = 403, "forbidden", "Not allowed"
     hint = "Use a key that has the scope or grant named in detail."
+    helps = (Next("GET", "/v1/whoami"),)
 
 
 class NotFound(Problem):
@@ -219,6 +223,7 @@ class ExceedsParent(Invalid):
 
     slug, title = "exceeds_parent", "A child cannot have more than its parent"
     hint = "Ask for at most what GET /v1/whoami shows of the parent."
+    helps = (Next("GET", "/v1/whoami"),)
 
 
 class IdempotencyKeyReused(Invalid):
@@ -233,6 +238,7 @@ class NoOffer(Invalid):
 
     slug, title = "no_offer", "No offer satisfies this request"
     hint = "Loosen a filter that no_match.removed_by names, or take one of no_match.nearest."
+    helps = (Next("GET", "/v1/offers"),)
 
 
 class NotSupported(Invalid):

@@ -29,6 +29,7 @@ from gpubroker.times import count_micros, parse_time
 Opener = Callable[[], AbstractAsyncContextManager[store.Transaction]]
 """Opens a transaction of the caller, authenticated anew."""
 
+LONGEST_WAIT: Final = 60
 LONGEST_LIFE_SECONDS: Final = 366 * 24 * HOUR
 Life = Annotated[int, Field(ge=holds.SHORTEST_LIFE_SECONDS, le=LONGEST_LIFE_SECONDS)]
 """Seconds from a pod's creation to its end."""
@@ -57,7 +58,7 @@ class ExtendRequest(Input):
 class WaitQuery(inputs.Query):
     """How long to wait for the pod to change before answering."""
 
-    wait: Annotated[int, Field(ge=0, le=60), inputs.Whole] = 0
+    wait: Annotated[int, Field(ge=0, le=LONGEST_WAIT), inputs.Whole] = 0
     until: Literal["running", "settled", "change"] = "settled"
     after_version: Annotated[int, Field(ge=0), inputs.Whole] | None = None
 

@@ -99,7 +99,8 @@ async def take_quote(tx: store.Transaction, quote_id: str) -> Quoted:
     if row.pod_id is not None:
         raise errors.QuoteUsed(more={"pod_id": row.pod_id}, steps=[errors.Next("GET", f"/v1/pods/{row.pod_id}")])
     if row.is_expired:
-        raise errors.QuoteExpired(steps=[errors.Next("POST", "/v1/quotes", {"offer_id": row.offer_id})])
+        again = {"offer_id": row.offer_id, "duration_seconds": row.seconds}
+        raise errors.QuoteExpired(steps=[errors.Next("POST", "/v1/quotes", again)])
     return Quoted(_read(row.offer), row.seconds)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
@@ -31,6 +32,9 @@ from gpubroker.operations import Operation
 log = logging.getLogger("gpubroker.web")
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+_TRACE: Final = re.compile(
+    r"(?!ff|.{3}0{32}|.{36}0{16}|00.{53}.)[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,200})?"
+)
 _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
@@ -150,7 +154,7 @@ class Api(Served):
         super().__init__()
         self.name = name
         self.operations: list[Operation] = []
-        self._fixed: dict[str, _Resource] = {}
+        self._fixed: dict[str, Resource] = {}
         """By path, those without a parameter: found without trying every route."""
         self._router: Router | None = None
 
@@ -205,23 +209,24 @@ class Api(Served):
         paths: dict[str, dict[str, Operation]] = {}
         for operation in (*self.operations, *served):
             paths.setdefault(operation.path, {})[operation.method] = operation
-        resources = {path: _Resource(methods) for path, methods in paths.items()}
+        resources = {path: Resource(methods) for path, methods in paths.items()}
         self._fixed = {path: resource for path, resource in resources.items() if "{" not in path}
         routes = [Route(path, resource) for path, resource in resources.items()]
-        return Router(routes, redirect_slashes=False, default=_Resource({}))
+        return Router(routes, redirect_slashes=False, default=Resource({}))
 
 
-class _Resource:
+class Resource:
     """One path: chooses the operation by method. Without operations it is the path that does not exist."""
 
     def __init__(self, operations: Mapping[str, Operation]) -> None:
         self._operations = operations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request to this path."""
         began = time.perf_counter()
         request = Request(scope, receive)
         request_id = _choose_request_id(request)
-        outbox.traceparent.set(request.headers.get("traceparent"))
+        outbox.traceparent.set(_read_trace(request))
         method = "GET" if request.method == "HEAD" else request.method
         headers: dict[str, str] = {}
         operation: Operation | None = None
@@ -261,6 +266,12 @@ def _choose_request_id(request: Request) -> str:
         return given
     made = request.headers.get("function-execution-id", "")
     return made if is_id("req", made) else new_id("req")
+
+
+def _read_trace(request: Request) -> str | None:
+    """The trace that the request belongs to; W3C has a context that is none be as if it were not there."""
+    given = request.headers.get("traceparent", "")
+    return given if _TRACE.fullmatch(given) else None
 
 
 def _log_request(request: Request, status: int, request_id: str, seconds: float) -> None:
@@ -488,13 +499,18 @@ def _as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> er
 def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
 
-    fields = model.model_fields
+    fields = _named(model)
     for part in place[:-1]:
         declared = fields.get(str(part))
         inner = _models_in(declared.annotation if declared else None)
-        fields = inner[0].model_fields if inner else {}
+        fields = _named(inner[0]) if inner else {}
     near = get_close_matches(str(place[-1]), list(fields), n=1)
     return near[0] if near else None
+
+
+def _named(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields by their public names."""
+    return {declared.alias or name: declared for name, declared in model.model_fields.items()}
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:
@@ -575,6 +591,27 @@ def show_json(content: bytes) -> Response:
 def show_text(content: bytes) -> Response:
     """Answer with plain text."""
     return Response(content, media_type="text/plain; charset=utf-8")
+
+
+def prefers_csv(request: Request) -> bool:
+    """Say whether `Accept` (RFC 9110) ranks CSV above JSON; where it says neither, JSON it is."""
+    ranks = {"text/csv": 0.0, "application/json": 0.0}
+    told = [_read_range(part) for part in request.headers.get("accept", "*/*").split(",")]
+    for kind in ranks:
+        matching = [
+            (len(name.rstrip("*")), rank) for name, rank in told if kind.startswith(name.rstrip("*")) and "/" in name
+        ]
+        ranks[kind] = max(matching, default=(0, 0.0))[1]
+    return ranks["text/csv"] > ranks["application/json"]
+
+
+def _read_range(part: str) -> tuple[str, float]:
+    name, *parameters = (text.strip().lower() for text in part.split(";"))
+    weights = [text.removeprefix("q=") for text in parameters if text.startswith("q=")]
+    try:
+        return name, float(weights[0]) if weights else 1.0
+    except ValueError:
+        return name, 0.0
 
 
 def show_csv(content: bytes, name: str) -> Response:

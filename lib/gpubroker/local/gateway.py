@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Final, cast
 
 import httpx
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpubroker import bundle, serving
+from gpubroker import bundle, errors, serving, web
+from gpubroker.inputs import NoQuery, Nothing
+from gpubroker.operations import Operation
 
 _OK: Final = 200
 _HEALTH_SECONDS: Final = 5.0
@@ -37,18 +39,17 @@ class Gateway:
         self._public = [function.name for function in public]
         self._routes = {f"/openapi/{function.name}.json": apps[function.name] for function in public}
         self._routes |= {path: apps[function.name] for function in public for path in function.paths}
+        own = (
+            Operation("GET", "/healthz", self._check_health, "Say whether every function works.", open=True),
+            Operation("GET", "/openapi.json", self._merge_openapi, "Describe all functions.", open=True),
+        )
+        self._own: dict[str, ASGIApp] = {operation.path: web.Resource({"GET": operation}) for operation in own}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand one request to its function."""
         if scope["type"] != "http":
             return
-        app: ASGIApp = self._find(scope["path"])
-        if scope["method"] in ("GET", "HEAD"):
-            if scope["path"] == "/healthz":
-                app = await self._check_health()
-            elif scope["path"] == "/openapi.json":
-                app = await self._merge_openapi() or app
-        await app(scope, receive, send)
+        await (self._own.get(scope["path"]) or self._find(scope["path"]))(scope, receive, send)
 
     def _find(self, path: str) -> ASGIApp:
         prefix = path
@@ -63,22 +64,28 @@ class Gateway:
         answers = await asyncio.gather(*(_get(app, "/healthz") for app in self._apps.values()))
         return [name for name, answer in zip(self._apps, answers, strict=True) if answer is None]
 
-    async def _check_health(self) -> Response:
+    async def _check_health(self, call: web.Call[Nothing, NoQuery]) -> web.Answer:
+        del call
         failing = await self.unhealthy()
-        if failing:
-            return JSONResponse({"status": "unavailable", "functions": failing}, status_code=503)
-        return JSONResponse({"status": "ok"})
+        return (
+            web.Answer({"status": "unavailable", "functions": failing}, 503)
+            if failing
+            else web.Answer({"status": "ok"})
+        )
 
-    async def _merge_openapi(self) -> Response | None:
-        """Make one OpenAPI document of all that are there, None when there is none."""
+    async def _merge_openapi(self, call: web.Call[Nothing, NoQuery]) -> web.Answer:
+        """Make one OpenAPI document of all that are there."""
+        del call
         answers = await asyncio.gather(*(_get(self._apps[name], f"/openapi/{name}.json") for name in self._public))
         documents = [cast("dict[str, object]", json.loads(answer.content)) for answer in answers if answer is not None]
         if not documents:
-            return None
+            raise errors.NotFound
         merged: dict[str, object] = {}
         for document in documents:
             _merge(merged, document)
-        return JSONResponse(merged)
+        if isinstance(info := merged.get("info"), dict):
+            merged["info"] = {**cast("dict[str, object]", info), "title": "GPUBROKER"}
+        return web.Answer(merged, headers={"Cache-Control": "public, max-age=300"})
 
 
 def _merge(into: dict[str, object], other: Mapping[str, object]) -> None:
