@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import psycopg
 from pydantic import BeforeValidator, Field
@@ -319,7 +319,7 @@ def present(pod: rows.PodView) -> Pod:
         spent_usd=pod.spent_micro,
         budget_usd=pod.budget_micro,
         committed_usd=pod.committed_micro,
-        endpoints=[Endpoint(**endpoint) for endpoint in pod.endpoints],
+        endpoints=[_present_endpoint(endpoint, pod.spec) for endpoint in pod.endpoints],
         labels=pod.labels,
         agent_id=pod.agent_id,
         attempts=[AttemptView(**attempt) for attempt in pod.attempts],
@@ -341,6 +341,16 @@ def present(pod: rows.PodView) -> Pod:
         expires_at=pod.ends_at,
         terminated_at=pod.terminated_at,
     )
+
+
+def _present_endpoint(endpoint: dict[str, Any], spec: dict[str, Any]) -> Endpoint:
+    """What is forwarded as TCP is HTTP where that was asked for: not every provider knows."""
+    asked = {port["port"] for port in spec.get("ports") or () if port["protocol"] == "http"}
+    shown = Endpoint(**endpoint)
+    if shown.protocol != "tcp" or shown.port not in asked or shown.command:
+        return shown
+    url = f"http://{shown.host}:{shown.external_port}"
+    return shown.model_copy(update={"name": f"http-{shown.port}", "protocol": "http", "url": url})
 
 
 def present_offer(candidate: Candidate) -> ChosenOffer:

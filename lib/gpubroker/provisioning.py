@@ -105,7 +105,7 @@ def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one s
     if pod.wanted == "gone":
         return Step.TERMINATE if instance.terminate_sent_at is None else Step.CONFIRM
     if pod.wanted == "stopped":
-        if instance.life in ("running", "starting"):
+        if instance.life in ("running", "starting") or _is_kept_for_nothing(work, instance):
             return Step.STOP
         return _next_resting_step(work, instance, rests=instance.life in ("stopped", "interrupted"))
     return _next_running_step(work, instance)
@@ -119,6 +119,14 @@ def _next_resting_step(work: Work, instance: InstanceRow, *, rests: bool) -> Ste
     if instance.hard_stop_at is not None and instance.hard_stop_at < hard_stop_at and _can(work, "moves_hard_stop"):
         return Step.EXTEND
     return Step.REST
+
+
+def _is_kept_for_nothing(work: Work, instance: InstanceRow) -> bool:
+    """Its program ended by itself, and the provider bills it as if it ran: a stop that was not sent yet makes it cheaper."""
+    capabilities = work.maker.candidate.capabilities
+    can = "stop" in work.maker.candidate.supports and capabilities.get("stopped_billing") != "full"
+    was_sent = instance.commanded_at is not None and instance.commanded_at >= work.pod.wanted_at
+    return can and instance.life == "stopped" and work.pod.billing == "full" and not was_sent
 
 
 def _next_attempt(work: Work) -> Step:

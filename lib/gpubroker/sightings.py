@@ -163,7 +163,8 @@ def follow(pod: PodRow, instance: InstanceRow, seen: base.Instance, moment: date
         return pod
     if seen.life == "running":
         return _follow_running(pod, seen, moment)
-    if seen.life == "stopped":
+    asked_for = pod.wanted == "stopped" and pod.state != "interrupted"  # a stopped bid may look like a lost one
+    if seen.life == "stopped" or (seen.life == "interrupted" and asked_for):
         return _follow_stopped(pod, instance, seen)
     if seen.life == "interrupted":
         return _follow_interrupted(pod, instance, seen)

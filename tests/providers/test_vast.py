@@ -4,10 +4,12 @@ import dataclasses
 from datetime import UTC, datetime
 
 import pytest
+from tests.factories import World
 from tests.providers.contract import ProviderContract, make_ref
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 from tests.providers.vendors.vast import VastVendor
 
+from gpubroker import catalog, sweep
 from gpubroker.errors import (
     AmbiguousOutcome,
     CannotDo,
@@ -277,3 +279,28 @@ class TestVast(ProviderContract):
         with pytest.raises(Rejected):
             await adapter.exec(machine.id, ["ls"], stdin=None, timeout_seconds=5)
         assert len(sim.commands) == 1
+
+    # Through the broker
+
+    async def test_a_program_that_ends_gives_its_machine_back(
+        self, world: World, sim: Vendor, adapter: HttpProvider
+    ) -> None:
+        world.adapters._made = {"vast": adapter}
+        await catalog.refresh_offers(adapter, 60)
+        pod = await world.root.pod(
+            requirements={"gpu": ["RTX 4090"], "spot": False}, image="busybox:1", ports=[{"port": 8000, "protocol": "http"}],
+            max_lifetime_seconds=7200,
+        )  # fmt: skip
+        await world.drive_due()
+        path, (machine,) = f"/v1/pods/{pod['id']}", sim.machines.values()
+        (endpoint,) = (await world.root.get(path))["endpoints"]
+        assert (endpoint["name"], endpoint["protocol"]) == ("http-8000", "http")
+        assert endpoint["url"] == f"http://63.135.50.11:{endpoint['external_port']}"
+        machine.status = "exited"
+        await sweep.sweep(world.adapters, "vast")
+        assert (await world.root.get(path))["state"] == "stopped"
+        machine.status = None
+        await world.drive_due()
+        seen = await world.root.get(path)
+        assert (seen["state"], seen["billing"], machine.life) == ("stopped", "storage", "stopped")
+        assert sim.count("stop") == 1

@@ -240,7 +240,7 @@ def test_only_what_is_seen_running_is_running_and_only_what_is_seen_stopped_is_s
         if after.state == "running" and pod.state != "running":
             assert seen.life == "running"
         if after.state == "stopped" and pod.state != "stopped":
-            assert seen.life == "stopped"
+            assert seen.life == "stopped" or (seen.life == "interrupted" and pod.wanted == "stopped")
             assert after.exit_code == seen.exit_code
         if after.state == "interrupted" and pod.state != "interrupted":
             assert seen.life == "interrupted"
@@ -299,6 +299,24 @@ def test_what_was_taken_away_comes_back_or_ends_where_its_agent_said_so():
     assert follow(starting, make_instance(life="interrupted", started_at=NOW), taken, NOW) == starting
     stopping = make_pod(state="stopping", wanted="stopped", spec={"restart_policy": "always"})
     assert follow(stopping, running, taken, NOW).wanted == "stopped"
+
+
+def test_a_bid_that_was_asked_to_stop_has_stopped_and_one_that_was_lost_stays_interrupted():
+    taken = sighting("interrupted")
+    stopping = make_pod(wanted="stopped", state="stopping")
+    assert follow(stopping, make_instance(started_at=NOW), taken, NOW).state == "stopped"
+    lost = make_pod(wanted="stopped", state="interrupted")
+    assert follow(lost, make_instance(started_at=NOW, life="interrupted"), taken, NOW).state == "interrupted"
+
+
+def test_what_ended_by_itself_and_bills_as_if_it_ran_is_stopped_once():
+    ended = make_pod(wanted="stopped", state="stopped", billing="full", wanted_at=NOW - timedelta(seconds=1))
+    instance = make_instance(life="stopped", started_at=NOW - HOUR, commanded_at=NOW - HOUR)
+    assert next_step(Work(ended, [make_attempt()], instance)) is Step.STOP
+    assert next_step(Work(ended, [make_attempt()], replace(instance, commanded_at=NOW))) is Step.REST
+    assert next_step(Work(replace(ended, billing="storage"), [make_attempt()], instance)) is Step.REST
+    dear = {**candidate(1), "capabilities": CAPABILITIES | {"stopped_billing": "full"}}
+    assert next_step(Work(ended, [make_attempt(offer=dear)], instance)) is Step.REST
 
 
 @given(

@@ -168,7 +168,10 @@ class LogPage:
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
-    """What a command left. `exit_code` is None when its time was over; at most 1 MiB a stream, else `truncated`."""
+    """What a command left, at most 1 MiB a stream, else `truncated`. `exit_code` is None when its time was over.
+
+    It is None as well where the provider tells no exit codes: `duration_ms` is less than the command's time then.
+    """
 
     exit_code: int | None
     stdout: bytes

@@ -123,7 +123,7 @@ class PodEvent(Output):
 
 
 class ExecAnswer(Output):
-    """What a command in a pod left. `exit_code` is null when its time was over."""
+    """What a command in a pod left. `exit_code` is null when its time was over, or the provider tells none."""
 
     exit_code: int | None
     stdout: str
