@@ -383,6 +383,45 @@ def test_an_upgrade_and_a_roll_back_interrupt_nothing(broker: Deployed, tmp_path
     broker.check_invariants()
 
 
+# An operator's own consumer
+
+
+TRIGGER = """
+apiVersion: serving.knative.dev/v1
+kind: Service
+metadata: {name: ledger-mirror, namespace: default}
+spec:
+  template:
+    spec:
+      containers: [{image: kit.local/hello:1}]
+---
+apiVersion: eventing.knative.dev/v1
+kind: Trigger
+metadata: {name: ledger-mirror, namespace: gpubroker}
+spec:
+  broker: default
+  filters:
+  - exact: {type: io.gpubroker.pod.terminated.v1}
+  subscriber:
+    ref: {apiVersion: serving.knative.dev/v1, kind: Service, name: ledger-mirror, namespace: default}
+"""
+
+
+def test_an_operators_own_service_gets_pod_terminated(broker: Deployed) -> None:
+    if not kit.is_here():
+        pytest.skip("the service that prints events is the kit's image")
+    kubectl("apply", "-f", "-", stdin=TRIGGER)
+    try:
+        kubectl("-n", "gpubroker", "wait", "--for=condition=Ready", "trigger/ledger-mirror", "--timeout=90s")
+        pod = broker.rent()
+        broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
+        broker.await_state(pod["id"], "terminated", seconds=120)
+        logs = ["-n", "default", "logs", "-l", f"{STATELESS}=ledger-mirror", "-c", "user-container", "--tail=-1"]
+        until("the event came", lambda: "type=io.gpubroker.pod.terminated.v1" in kubectl(*logs, check=False), 60)
+    finally:
+        kubectl("delete", "-f", "-", "--wait=false", stdin=TRIGGER)
+
+
 # Strangers
 
 
@@ -480,45 +519,6 @@ def test_a_stranger_neither_publishes_nor_reads(authenticated: str, broker: Depl
         broker.await_state(pod["id"], "terminated", seconds=120)
     finally:
         kubectl("delete", "namespace", "gpubroker-stranger", "--wait=false")
-
-
-# An operator's own consumer
-
-
-TRIGGER = """
-apiVersion: serving.knative.dev/v1
-kind: Service
-metadata: {name: ledger-mirror, namespace: gpubroker}
-spec:
-  template:
-    spec:
-      containers: [{image: kit.local/hello:1}]
----
-apiVersion: eventing.knative.dev/v1
-kind: Trigger
-metadata: {name: ledger-mirror, namespace: gpubroker}
-spec:
-  broker: default
-  filters:
-  - exact: {type: io.gpubroker.pod.terminated.v1}
-  subscriber:
-    ref: {apiVersion: serving.knative.dev/v1, kind: Service, name: ledger-mirror}
-"""
-
-
-def test_an_operators_own_service_gets_pod_terminated(broker: Deployed) -> None:
-    if not kit.is_here():
-        pytest.skip("the service that prints events is the kit's image")
-    kubectl("apply", "-f", "-", stdin=TRIGGER)
-    try:
-        kubectl("-n", "gpubroker", "wait", "--for=condition=Ready", "trigger/ledger-mirror", "--timeout=90s")
-        pod = broker.rent()
-        broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
-        broker.await_state(pod["id"], "terminated", seconds=120)
-        logs = ["-n", "gpubroker", "logs", "-l", f"{STATELESS}=ledger-mirror", "-c", "user-container", "--tail=-1"]
-        until("the event came", lambda: "type=io.gpubroker.pod.terminated.v1" in kubectl(*logs, check=False), 60)
-    finally:
-        kubectl("delete", "-f", "-", "--wait=false", stdin=TRIGGER)
 
 
 def test_nothing_is_left_and_all_adds_up(broker: Deployed) -> None:
