@@ -17,6 +17,7 @@ api = web.Api("exec")
     scope="pods:read",
     query=domain.LogQuery,
     answers={200: str},
+    headers={"Last-Event-ID": "The id of the last event that came: the stream goes on behind it."},
     problems=(errors.ProviderFailed,),
 )
 async def read_log(call: web.Call[Nothing, domain.LogQuery]) -> web.Handled:

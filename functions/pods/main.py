@@ -28,12 +28,13 @@ class ListQuery(domain.Selection, paging.Paged):
     """Which pods to list."""
 
 
+_WAITS: Final = {"Prefer": "wait=N (RFC 7240) means what the query's wait means, where that is left out."}
 Action = web.Call[Nothing, domain.WaitQuery]
 
 
 @api.operation(
     "POST", "/v1/pods", scope="pods:write", body=pod_requests.PodRequest, query=CreateQuery,
-    answers={202: Pod, 201: Pod, 200: DryRun}, idempotent=True,
+    answers={202: Pod, 201: Pod, 200: DryRun}, idempotent=True, headers=_WAITS,
     problems=(errors.BudgetExhausted, errors.Conflict, errors.QuoteExpired),
 )  # fmt: skip
 async def create_pod(call: web.Call[pod_requests.PodRequest, CreateQuery]) -> web.Answer:
@@ -70,7 +71,7 @@ async def terminate_pods(call: web.Call[Nothing, domain.Selection]) -> web.Answe
     return web.Answer(Page[Pod](items=items), 202)
 
 
-@api.operation("GET", "/v1/pods/{id}", scope="pods:read", query=domain.WaitQuery, answers={200: Pod})
+@api.operation("GET", "/v1/pods/{id}", scope="pods:read", query=domain.WaitQuery, headers=_WAITS, answers={200: Pod})
 async def show_pod(call: Action) -> web.Answer:
     """Show a pod, at once or when it is what is waited for."""
     pod = await domain.wait(call.transaction, call.path("id"), wait_query(call))
@@ -87,7 +88,7 @@ async def list_events(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
 
 
 @api.operation(
-    "POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    "POST", "/v1/pods/{id}/start", scope="pods:write", query=domain.WaitQuery, headers=_WAITS, answers={202: Pod, 200: Pod},
     problems=(errors.ActionNotAllowed,),
 )  # fmt: skip
 async def start_pod(call: Action) -> web.Answer:
@@ -98,7 +99,7 @@ async def start_pod(call: Action) -> web.Answer:
 
 
 @api.operation(
-    "POST", "/v1/pods/{id}/stop", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    "POST", "/v1/pods/{id}/stop", scope="pods:write", query=domain.WaitQuery, headers=_WAITS, answers={202: Pod, 200: Pod},
     problems=(errors.ActionNotAllowed,),
 )  # fmt: skip
 async def stop_pod(call: Action) -> web.Answer:
@@ -109,7 +110,7 @@ async def stop_pod(call: Action) -> web.Answer:
 
 
 @api.operation(
-    "POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod},
+    "POST", "/v1/pods/{id}/restart", scope="pods:write", query=domain.WaitQuery, headers=_WAITS, answers={202: Pod, 200: Pod},
     problems=(errors.ActionNotAllowed,),
 )  # fmt: skip
 async def restart_pod(call: Action) -> web.Answer:
@@ -120,7 +121,7 @@ async def restart_pod(call: Action) -> web.Answer:
 
 
 @api.operation(
-    "POST", "/v1/pods/{id}/extend", scope="pods:write", body=domain.ExtendRequest, query=domain.WaitQuery,
+    "POST", "/v1/pods/{id}/extend", scope="pods:write", body=domain.ExtendRequest, query=domain.WaitQuery, headers=_WAITS,
     answers={202: Pod, 200: Pod}, problems=(errors.ActionNotAllowed, errors.BudgetExhausted),
 )  # fmt: skip
 async def extend_pod(call: web.Call[domain.ExtendRequest, domain.WaitQuery]) -> web.Answer:
@@ -130,7 +131,9 @@ async def extend_pod(call: web.Call[domain.ExtendRequest, domain.WaitQuery]) -> 
     return await answer_action(call)
 
 
-@api.operation("DELETE", "/v1/pods/{id}", scope="pods:write", query=domain.WaitQuery, answers={202: Pod, 200: Pod})
+@api.operation(
+    "DELETE", "/v1/pods/{id}", scope="pods:write", query=domain.WaitQuery, headers=_WAITS, answers={202: Pod, 200: Pod}
+)
 async def terminate_pod(call: Action) -> web.Answer:
     """End a pod, disk and all."""
     async with call.transaction() as tx:

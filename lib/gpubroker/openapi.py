@@ -95,6 +95,10 @@ def _describe_operation(operation: Operation, schemas: Json) -> Json:
     }
     if operation.scope:
         described["description"] = f"Needs the scope `{operation.scope}`."
+    described["parameters"] += [
+        {"name": name, "in": "header", "required": False, "description": what, "schema": {"type": "string"}}
+        for name, what in operation.headers.items()
+    ]
     if operation.idempotent:
         described["parameters"].append(
             {

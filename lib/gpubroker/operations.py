@@ -27,5 +27,7 @@ class Operation(NamedTuple):
     """The fields of a form, where it takes one instead of JSON; it describes them and checks nothing."""
     raw: tuple[str, ...] = ()
     """Media types, where the handler reads the body itself; it describes them and checks nothing."""
+    headers: Mapping[str, str] = MappingProxyType({})
+    """Request headers that it obeys beside those of every operation, and what each does."""
     problems: tuple[type[Problem], ...] = ()
     """What it may answer beside the errors that every operation may."""

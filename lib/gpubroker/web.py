@@ -171,6 +171,7 @@ class Api(Served):
         idempotent: bool = False,
         form: type[BaseModel] | None = None,
         raw: tuple[str, ...] = (),
+        headers: Mapping[str, str] = MappingProxyType({}),
         problems: Sequence[type[errors.Problem]] = (),
     ) -> Callable[[Callable[[Call[B, Q]], Awaitable[Handled]]], Callable[[Call[B, Q]], Awaitable[Handled]]]:
         """Declare an operation; its handler's docstring is its summary, `problems` what it may answer beside the usual."""
@@ -180,7 +181,7 @@ class Api(Served):
             self.operations.append(
                 Operation(
                     method, path, handler, summary, scope=scope, open=open, body=body, query=query, answers=dict(answers),
-                    idempotent=idempotent, form=form, raw=raw, problems=tuple(problems),
+                    idempotent=idempotent, form=form, raw=raw, headers=headers, problems=tuple(problems),
                 )
             )  # fmt: skip
             return handler

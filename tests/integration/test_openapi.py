@@ -48,7 +48,9 @@ class _Server(uvicorn.Server):
 async def serving() -> AsyncIterator[str]:
     """One host in front of all functions, on a socket."""
     gateway = Gateway({name: app_named(name) for name in bundle.BY_NAME})
-    server = _Server(uvicorn.Config(gateway, port=0, log_config=None, lifespan="off", http="httptools"))
+    server = _Server(
+        uvicorn.Config(gateway, port=0, log_config=None, lifespan="off", http="httptools", access_log=False)
+    )
     task = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)
