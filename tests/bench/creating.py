@@ -1,7 +1,4 @@
-"""From `POST /v1/pods` to the provider's create: over HTTP, through the broker of `gpubroker dev`, to the provider `local`.
-
-The provider's record says when it began to make the pod: what lies before is ours.
-"""
+"""From `POST /v1/pods` to the provider's create: over HTTP, through the broker of `gpubroker dev`, to the provider `local`."""
 
 import json
 import signal
@@ -15,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import psycopg
 from tests.bench import load
 from tests.bench.figures import Figure, timed
 from tests.bench.served import Served
+from tests.bench.watched import CALLS
 
 from gpubroker import accounts
 from gpubroker.local import processes
@@ -51,8 +48,9 @@ async def measure() -> list[Figure]:
                 assert answer.status_code == 202, answer.text
                 posted[answer.json()["id"]] = at
                 await _end(http, answer.json()["id"])
-        born = _births(Path(folder) / "pods", running["database_url"])
-    waited = [born[pod_id] - at for pod_id, at in posted.items()]
+        lines = [line.split() for line in (Path(folder) / CALLS).read_text().splitlines()]
+        called = {pod_id: float(at) for pod_id, at in lines}
+    waited = [called[pod_id] - at for pod_id, at in posted.items()]
     return [
         timed("create to the provider", waited[_WARM_UP:], hellos, _TARGET_MS),
         timed("  answer of the create", answered[_WARM_UP:], hellos),
@@ -62,10 +60,9 @@ async def measure() -> list[Figure]:
 @contextmanager
 def _dev(folder: Path) -> Generator[dict[str, Any]]:
     """A `gpubroker dev`, as its ready line describes it."""
-    command = [*processes.tied("TERM"), sys.executable, "-m", "gpubroker", "dev", "--data", str(folder), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--json", "--end-pods"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
+    command = [*processes.tied("TERM"), sys.executable, "-m", "tests.bench.watched", str(folder)]
+    home = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         try:
             yield json.loads(process.stdout.readline())
@@ -81,13 +78,3 @@ async def _end(http: httpx.AsyncClient, pod_id: str) -> None:
     assert pod["state"] == "running", pod
     pod = (await http.delete(f"/v1/pods/{pod_id}", params=wait)).json()
     assert pod["state"] == "terminated", pod
-
-
-def _births(pods: Path, database_url: str) -> dict[str, float]:
-    """When the provider began to make each pod, seconds since 1970."""
-    with psycopg.connect(database_url) as conn:
-        refs: dict[str, str] = dict(conn.execute("SELECT ref, pod_id FROM attempt").fetchall())
-    found = [*pods.glob("gb-*/record.jsonl"), *pods.glob("gone/gb-*/record.jsonl")]
-    first = {path.parent.name: json.loads(path.read_text().partition("\n")[0]) for path in found}
-    assert all(event["event"] == "created" for event in first.values())
-    return {refs[ref]: event["at"] for ref, event in first.items()}

@@ -28,7 +28,7 @@ class Served:
 
     def __init__(self, command: Sequence[str], port: int, variables: Mapping[str, str]) -> None:
         self.port = port
-        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+        environment = {"PATH": os.environ["PATH"], **variables}
         self.began = time.perf_counter()
         self._process = subprocess.Popen(
             [*processes.tied("KILL"), *command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
