@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from tests.dev import Running, broker_of_its_own
 from tests.factories import SECRET_KEY, World
 
 from gpubroker import accounts, adapters, config, outbox, rates, signing, store
@@ -81,6 +82,13 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def at_database(url: str, name: str) -> str:
     """The same server, another database."""
     return re.sub(r"(://[^/]+/)[^?]*", rf"\g<1>{name}", url)
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A `gpubroker dev` that the tests of a process share: nothing of it is theirs alone but what they make."""
+    with broker_of_its_own(tmp_path_factory.mktemp("dev") / "data") as running:
+        yield running
 
 
 _MOVABLE_CLOCK = """

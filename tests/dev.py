@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpubroker import bundle
 
@@ -105,3 +105,22 @@ def bootstrap(data: Path) -> str:
         capture_output=True, text=True, check=True, env={"PYTHONPATH": str(LIB)},
     )  # fmt: skip
     return json.loads(made.stdout)["key"]["key"]
+
+
+class Running(NamedTuple):
+    """A broker that runs, and its first key."""
+
+    url: str
+    key: str
+
+
+@contextlib.contextmanager
+def broker_of_its_own(data: Path) -> Iterator[Running]:
+    """A broker with room for many pods, which end with it."""
+    room = {"GPUBROKER_LOCAL_VCPUS": "8", "GPUBROKER_LOCAL_RAM_GB": "8", "GPUBROKER_TICK_SECONDS": "1"}
+    with dev(data, "--json", "--end-pods", **room) as it:
+        ready = it.ready()
+        try:
+            yield Running(ready["url"], bootstrap(data))
+        finally:
+            it.tell(signal.SIGTERM, 20)

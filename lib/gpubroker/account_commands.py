@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from gpubroker import console, tables
-from gpubroker.options import AsJson, Cursor, Limit, Period, read_duration, read_moment, read_usd, write_usd
+from gpubroker.options import AsJson, Cursor, Limit, Period, read_duration, read_group, read_moment, read_usd, write_usd
 
 if TYPE_CHECKING:
     from gpubroker.client import Client
@@ -33,7 +33,7 @@ ExpiresIn = Annotated[
 @app.command(rich_help_panel="Agents")
 def usage(
     by: Annotated[
-        str | None, typer.Option(metavar="KEY", help="agent, pod, provider, gpu, label:<k>, hour, day or month.")
+        str | None, typer.Option(parser=read_group, metavar="KEY", help="agent, pod, provider, gpu, label:<k>, hour, day or month.")
     ] = None,
     begin: Annotated[
         datetime | None, typer.Option("--from", parser=read_moment, metavar="TIME", help="Default: this month's start.")

@@ -15,6 +15,7 @@ in them are not: their `BrokerError` says that they may have been done.
 """
 
 import asyncio
+import threading
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing
@@ -187,12 +188,14 @@ class AsyncClient:
     iterate_gpus = _iterate(list_gpus)
 
     async def show_prices(self, model: str, **query: object) -> PriceHistory:
-        """What a GPU model cost over time; `from_` stands for `from`."""
+        """What a GPU model cost over time, per GPU and hour: `from_`, `to`, `step`, `provider`."""
         return await self._read(PriceHistory, f"/v1/gpus/{_segment(model)}/prices", query)
 
-    async def list_providers(self) -> Page[ProviderView]:
+    async def list_providers(self, **query: object) -> Page[ProviderView]:
         """Providers: configured, healthy, how old their offers are, what they can do."""
-        return await self._read(Page[ProviderView], "/v1/providers")
+        return await self._read(Page[ProviderView], "/v1/providers", query)
+
+    iterate_providers = _iterate(list_providers)
 
     async def make_quote(self, request: Json, *, idempotency_key: str | None = None) -> Quote:
         """A price that is firm for two minutes and one pod."""
@@ -366,6 +369,14 @@ def _segment(name: str) -> str:
     return quote(name, safe="")
 
 
+async def _break_off() -> None:
+    """End all that is under way in this loop."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
 def _sync(method: Callable[Concatenate[AsyncClient, P], Awaitable[T]]) -> Callable[Concatenate["Client", P], T]:
     """The same method for the sync client: same arguments, same documentation, and it waits."""
 
@@ -399,12 +410,18 @@ def _sync_iterator(
 
 
 class Client:
-    """The same client for code that is not async. Its methods are those of `AsyncClient`, and wait."""
+    """The same client for code that is not async. Its methods are those of `AsyncClient`, and wait.
+
+    Its event loop has a thread of its own, so that Ctrl-C breaks off the waiting and never the loop, and so that it can be
+    used where an event loop runs already.
+    """
 
     def __init__(self, url: str | None = None, key: str | None = None, *, on_answer: Hook | None = None) -> None:
         self.inner = AsyncClient(url, key, on_answer=on_answer)
         self.is_closed = False
-        self._runner = asyncio.Runner()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gpubroker-client", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -415,19 +432,26 @@ class Client:
         self.close()
 
     def run(self, work: Awaitable[T]) -> T:
-        """Wait for something that is async."""
+        """Wait for something that is async. What Ctrl-C breaks off has ended when this raises."""
 
         async def wait() -> T:
             return await work
 
-        return self._runner.run(wait())
+        begun = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        try:
+            return begun.result()
+        except KeyboardInterrupt:
+            asyncio.run_coroutine_threadsafe(_break_off(), self._loop).result()
+            raise
 
     def close(self) -> None:
         """Let go of connections; again is harmless."""
         if not self.is_closed:
             self.run(self.inner.close())
             self.is_closed = True
-            self._runner.close()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     whoami = _sync(AsyncClient.whoami)
     create_agent = _sync(AsyncClient.create_agent)
@@ -454,6 +478,7 @@ class Client:
     iterate_gpus = _sync_iterator(AsyncClient.iterate_gpus)
     show_prices = _sync(AsyncClient.show_prices)
     list_providers = _sync(AsyncClient.list_providers)
+    iterate_providers = _sync_iterator(AsyncClient.iterate_providers)
     make_quote = _sync(AsyncClient.make_quote)
     create_pod = _sync(AsyncClient.create_pod)
     dry_run_pod = _sync(AsyncClient.dry_run_pod)

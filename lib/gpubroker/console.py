@@ -7,6 +7,7 @@ use, 3 not found, 4 denied, 5 the budget does not cover it.
 import contextlib
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -30,12 +31,34 @@ _BY_STATUS: Final = {401: 4, 402: 5, 403: 4, 404: 3}
 _WRONG_USE_CODES: Final = frozenset({"invalid", "malformed_json", "body_too_large"})
 _HINTS: Final = {
     "unauthenticated": "Check GPUBROKER_API_KEY: the key is unknown, expired or revoked.",
-    "unreachable": "Check GPUBROKER_URL, and whether the broker runs.",
     "not_running": "'gpubroker start' starts a stopped pod, 'gpubroker pods' shows how they are.",
     "name_in_use": "Use that pod, choose another --name, or end it with 'gpubroker down'.",
+    "budget_exhausted": "A shorter --lifetime or a cheaper offer may fit; 'gpubroker budget' shows what there is.",
+    "exceeds_parent": "'gpubroker budget' and 'gpubroker agents' show what there is.",
+    "action_not_allowed": "'gpubroker pods' shows how they are.",
+    "forbidden": "",
     "invalid": "",
 }
 """What to do at a command line, where that is something else than what a program does that sends requests."""
+_NO_SUCH_THING: Final = (
+    "Check the id: 'gpubroker pods --all', 'gpubroker agents' and 'gpubroker keys' list what there is."
+)
+_COMMANDS: Final = {
+    "start": "start",
+    "stop": "stop",
+    "restart": "restart",
+    "exec": "exec",
+    "logs": "logs",
+    "terminate": "down",
+}
+_OPTIONS: Final = {
+    "budget_usd": "--budget", "country": "--country", "disk_gb": "--disk", "expires_in": "--expires", "gpu_count": "--gpus",
+    "grants": "--grant", "group_by": "--by", "labels": "--label", "limit_usd": "the amount", "max_lifetime_seconds": "--lifetime",
+    "max_price_usd_per_gpu_hour": "--max-price-per-gpu", "max_price_usd_per_hour": "--max-price", "min_gpu_count": "--min-gpus",
+    "name": "the name", "offer_id": "--offer", "overlap_seconds": "--overlap", "ports": "--port", "scopes": "--scope",
+    "command": "the command", "timeout_seconds": "--timeout", "stdin": "stdin",
+}  # fmt: skip
+_GROUPS: Final = frozenset({"requirements", "budget", "limits"})
 
 R = TypeVar("R", bound="BaseModel")
 
@@ -81,13 +104,29 @@ def say(text: str) -> None:
 
 def tell(error: "BrokerError") -> int:
     """Print what was wrong and what to do now, a line each, to stderr. Returns the exit code."""
-    say(f"gpubroker: {error.detail}")
-    hint = advise(error.problem) or _HINTS.get(error.code, error.hint)
+    say(f"gpubroker: {_describe(error.problem) if error.code == 'invalid' else error.detail}")
+    known = _HINTS.get(error.code, error.hint)
+    if error.code == "not_found" and "request_id" in error.problem:  # the broker's words are for programs
+        known = _NO_SUCH_THING
+    hint = advise(error.problem) or known
     if hint:
         say(hint)
     if error.code in _WRONG_USE_CODES:
         return WRONG_USE
     return _BY_STATUS.get(error.status, FAILED)
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """All that is wrong with a request, with the options of the command line instead of the places in JSON."""
+    wrong = cast("list[dict[str, Any]]", problem.get("errors") or [])
+    told = [f"{locate(str(entry.get('pointer') or ''))} {entry.get('message')}".strip() for entry in wrong]
+    return f"{'; '.join(told).rstrip('.')}." if told else str(problem.get("detail"))
+
+
+def locate(pointer: str) -> str:
+    """The option that a place in a request comes from: `--lifetime:` for `/max_lifetime_seconds`."""
+    words = [word for word in re.split("[?/]", pointer) if word and not word.isdigit() and word not in _GROUPS]
+    return f"{_OPTIONS.get(words[0], '--' + words[0].replace('_', '-'))}:" if words else ""
 
 
 def advise(problem: Mapping[str, Any]) -> str:
@@ -96,10 +135,11 @@ def advise(problem: Mapping[str, Any]) -> str:
     meant = [str(entry["did_you_mean"]) for entry in wrong if entry.get("did_you_mean")]
     if meant:
         return f"Did you mean {', '.join(meant)}?"
-    if len(wrong) > 1:
-        return "; ".join(f"{entry.get('pointer')} {entry.get('message')}" for entry in wrong[1:])
     if problem.get("affordable_seconds"):
         return f"The budget pays {problem['affordable_seconds']} seconds of it: --lifetime, or a cheaper offer."
+    taken = [_COMMANDS[action] for action in problem.get("allowed_actions") or () if action in _COMMANDS]
+    if taken:
+        return f"What it takes now: gpubroker {', '.join(taken)}."
     nearest = cast("list[dict[str, Any]]", (problem.get("no_match") or {}).get("nearest") or [])
     return suggest(nearest[0]["offer"]["id"], nearest[0]["change"]) if nearest else ""
 

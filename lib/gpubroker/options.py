@@ -16,6 +16,7 @@ Cursor = Annotated[str | None, typer.Option(help="Go on where a page ended.")]
 Limit = Annotated[int, typer.Option(help="So many at the most, 1 to 200.")]
 
 _PARTS: Final = re.compile(r"(\d{1,9})([dhms])")
+_GROUP: Final = re.compile(r"agent|pod|provider|gpu|hour|day|month|label:.+")
 _SECONDS: Final = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -24,12 +25,19 @@ def read_usd(text: str) -> int:
     try:
         return parse_usd(text)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(f"{text!r} {error}") from None
 
 
 def write_usd(micro: int | None) -> str | None:
     """The amount as requests carry it."""
     return None if micro is None else format_usd(micro)
+
+
+def read_group(text: str) -> str:
+    """A key that usage is grouped by. Raises BadParameter."""
+    if not _GROUP.fullmatch(text):
+        raise typer.BadParameter(f"{text!r} is none of agent, pod, provider, gpu, label:<k>, hour, day, month")
+    return text
 
 
 def read_duration(text: str) -> int:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from gpubroker.money import format_usd
 from gpubroker.times import format_time, now
@@ -22,6 +22,7 @@ NUMERIC: Final = frozenset(
 )
 """The columns whose cells end at the right."""
 _NOTHING: Final = "-"
+_OVER: Final = frozenset({"failed", "terminating", "terminated"})
 _NO_GPU: Final = f"{_NOTHING}, "
 
 
@@ -63,8 +64,15 @@ def _explain(no_match: "NoMatch") -> list[str]:
 
 def suggest(offer_id: str, change: Mapping[str, Any]) -> str:
     """What would have to be asked for an offer to match."""
-    changes = [f"without {name}" if value is None else f"with {name} {_write(value)}" for name, value in change.items()]
+    changes = [_change(name, value) for name, value in change.items()]
     return f"{offer_id} would match {' and '.join(changes)}."
+
+
+def _change(name: str, value: object) -> str:
+    if name == "supports":
+        have = ", ".join(map(str, cast("list[object]", value))) if isinstance(value, list) else ""
+        return f"if it has to support {have} alone" if have else "if it has to support nothing, an image for instance"
+    return f"without {name}" if value is None else f"with {name} {_write(value)}"
 
 
 def _write(value: object) -> str:
@@ -86,14 +94,14 @@ def of_pod(pod: "Pod") -> Table:
     offer = pod.offer
     machine = f"{_gpu_of(offer)}, {offer.vcpus:g} vCPUs, {offer.ram_gb:g} GB RAM"
     money = f"{usd(pod.price_usd_per_hour)} USD/h, {usd(pod.spent_usd)} spent, {usd(pod.committed_usd)} committed"
-    is_over = pod.state == "terminated"
+    is_over = pod.state in _OVER
     fields = {
         "pod": pod.id,
         "name": pod.name,
         "state": pod.state + (f" ({pod.state_reason})" if pod.state_reason else ""),
         "on": f"{pod.provider or offer.provider}: {machine.removeprefix(_NO_GPU)}",
         "price": money,
-        "ends": None if is_over else f"{format_time(pod.expires_at.replace(microsecond=0))}, in {_end(pod)}",
+        "ends": None if is_over else f"{_to_the_second(pod.expires_at)}, in {_end(pod)}",
         "ended by": pod.ends_because,
         "exit code": None if pod.exit_code is None else str(pod.exit_code),
         **{f"port {endpoint.port or endpoint.name}": _reach(endpoint) for endpoint in pod.endpoints},
@@ -131,7 +139,7 @@ def of_usage(usage: "Usage") -> Table:
     ]
     total = usage.total
     rows.append(("total", clock(total.seconds), clock(total.gpu_seconds), usd(total.amount_usd)))
-    note = f"from {format_time(usage.from_)} to {format_time(usage.to)}"
+    note = f"from {_to_the_second(usage.from_)} to {_to_the_second(usage.to)}"
     return Table(("KEY", "TIME", "GPU TIME", "USD"), rows, [note])
 
 
@@ -227,6 +235,10 @@ def span(seconds: float) -> str:
     return f"{max(0, seconds):.0f}s"
 
 
+def _to_the_second(moment: datetime) -> str:
+    return format_time(moment.replace(microsecond=0))
+
+
 def clock(seconds: int) -> str:
     """A time to the second: 1:02:03."""
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
@@ -241,7 +253,7 @@ def _gpu_of(offer: "ChosenOffer") -> str:
 
 
 def _end(pod: "Pod") -> str:
-    return _NOTHING if pod.state == "terminated" else span((pod.expires_at - now()).total_seconds())
+    return _NOTHING if pod.state in _OVER else span((pod.expires_at - now()).total_seconds())
 
 
 def _since(moment: datetime) -> str:

@@ -263,8 +263,9 @@ def add_first_key(conn: psycopg.Connection[Any], key: KeyRow) -> None:
 
 
 _KEY: Final = """
-SELECT k.id, k.agent_id, k.name, k.start, k.scopes, k.created_at, k.used_at, k.expires_at, k.revoked_at
-  FROM key k JOIN agent_path p ON p.agent_id = k.agent_id
+SELECT k.id, k.agent_id, k.name, k.start, k.scopes, k.created_at, k.used_at, k.expires_at,
+       coalesce(k.revoked_at, a.revoked_at) AS revoked_at
+  FROM key k JOIN agent a ON a.id = k.agent_id JOIN agent_path p ON p.agent_id = k.agent_id
  WHERE p.ancestor_id = %(above)s"""
 _FIND_KEY: Final = _KEY + " AND k.id = %(id)s"
 _LIST_KEYS: Final = (
@@ -283,7 +284,7 @@ async def find_key(conn: Connection, above: str, key_id: str) -> Key | None:
 
 
 async def list_keys(conn: Connection, above: str, agent_id: str | None, after: str | None, limit: int) -> list[Key]:
-    """The keys of a subtree, revoked ones too, in the order of creation."""
+    """The keys of a subtree, revoked ones too, in the order of creation; an agent that is revoked has no other."""
     cursor = conn.cursor(row_factory=class_row(Key))
     await cursor.execute(_LIST_KEYS, {"above": above, "agent": agent_id, "after": after, "limit": limit})
     return await cursor.fetchall()
