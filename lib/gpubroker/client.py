@@ -17,7 +17,7 @@ in them are not: their `BrokerError` says that they may have been done.
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing
 from datetime import datetime
 from types import TracebackType
@@ -31,6 +31,7 @@ from gpubroker.connection import TIMEOUT_SECONDS, BrokerError, Connection, Hook,
 from gpubroker.resources import Page
 from gpubroker.resources.agents import Agent, AgentWithKey, Key, KeyWithSecret, Whoami
 from gpubroker.resources.budgets import Budget
+from gpubroker.resources.commands import CommandAnswers
 from gpubroker.resources.offers import Gpu, Offer, OfferPage, PriceHistory, ProviderView
 from gpubroker.resources.pods import DryRun, ExecAnswer, Pod, PodEvent, Quote
 from gpubroker.resources.tokens import Introspection, Jwks, ServerMetadata, TokenAnswer
@@ -333,6 +334,14 @@ class AsyncClient:
         body = {"limit_usd": limit_usd, "period": period}
         return await self._do(Budget, "PUT", f"/v1/budgets/{_segment(agent_id)}", body, repeatable=True)
 
+    # Commands as events
+
+    async def send_commands(self, events: Sequence[Json]) -> CommandAnswers:
+        """Carry out CloudEvents (`specversion id source type data`), each once by its source and id, and say what became of it."""
+        headers = {"Content-Type": "application/cloudevents-batch+json"}
+        answer = await self._connection.send("POST", "/v1/intake", body=events, headers=headers, repeatable=True)
+        return parse(CommandAnswers, answer)
+
     # The wire
 
     async def _read(self, model: type[M], path: str, query: Json | None = None) -> M:
@@ -506,3 +515,4 @@ class Client:
     list_budgets = _sync(AsyncClient.list_budgets)
     iterate_budgets = _sync_iterator(AsyncClient.iterate_budgets)
     set_budget = _sync(AsyncClient.set_budget)
+    send_commands = _sync(AsyncClient.send_commands)

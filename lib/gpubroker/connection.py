@@ -6,7 +6,7 @@ Nothing here shows the credential: not a repr, not an exception, not a variable 
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -100,7 +100,7 @@ class Connection:
         method: str,
         path: str,
         *,
-        body: Json | None = None,
+        body: Json | Sequence[Json] | None = None,
         form: Json | None = None,
         query: Json | None = None,
         headers: Mapping[str, str] | None = None,

@@ -77,7 +77,7 @@ async def observe(scene: Scene, seen: base.Instance, asked_at: datetime) -> Scen
         pod = replace(pod, version=scene.pod.version + 1)
     if seen.billing != "unknown":
         pod = replace(pod, billing=seen.billing)
-    await save(scene.tx, scene.pod, pod)
+    pod = await save(scene.tx, scene.pod, pod)
     return replace(scene, pod=pod, instance=known)
 
 
@@ -153,7 +153,7 @@ async def _doubt(scene: Scene, known: InstanceRow, reason: str) -> Scene:
     pod = scene.pod
     if pod.state in ("running", "starting") and pod.wanted == "running" and known.started_at is not None:
         pod = replace(pod, state="unreachable", state_reason=reason, billing="unknown")
-        await save(scene.tx, scene.pod, pod)
+        pod = await save(scene.tx, scene.pod, pod)
     return replace(scene, pod=pod, instance=known)
 
 

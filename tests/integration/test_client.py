@@ -14,7 +14,6 @@ import httpx
 import pytest
 from tests.dev import Running
 
-from gpubroker import client as module
 from gpubroker.client import AsyncClient, BrokerError, Client
 from gpubroker.errors import SetupError
 from gpubroker.resources.pods import Pod
@@ -78,6 +77,9 @@ async def use_pods(one: AsyncClient) -> None:
     assert (await one.start_pod(pod.id, wait=30)).state == "running"
     assert pod.id in [found.id for found in (await one.terminate_pods(label="of=everything")).items]
     await one.terminate_pod(pod.id, wait=30)
+    command = {"specversion": "1.0", "id": pod.id, "source": "/test", "type": "io.gpubroker.command.terminate.v1"}
+    commands = [command | {"data": {"pod_id": pod.id}}]
+    assert [answer.status for answer in (await one.send_commands(commands)).items] == ["done"]
     *_, last = [seen async for seen in one.watch_pod(pod.id, gone=True)]
     assert last.state == "terminated"
     assert {event.what async for event in one.iterate_events(pod.id)} >= {"pod.running", "pod.terminated"}
@@ -162,14 +164,11 @@ def problem(status: int, code: str, **more: str) -> bytes:
     return write(status, {"status": status, "code": code, "detail": "Words.", "hint": "What to do."}, **more)
 
 
-POD = {
-    "id": "pod_1", "name": None, "state": "running", "state_reason": None, "billing": "full", "provider": "local",
-    "provider_instance_id": "i", "provider_status": "x", "offer": None, "price_usd_per_hour": "1.000000", "spent_usd": "0.000000",
-    "budget_usd": None, "committed_usd": "0.000000", "endpoints": [], "labels": {}, "agent_id": "agt_1", "attempts": [],
-    "allowed_actions": [], "version": 1, "settled": True, "poll_after_seconds": 1, "eta_seconds": None, "ends_because": None,
-    "exit_code": None, "links": {}, "created_at": "2026-11-22T00:00:00Z", "running_at": None, "expires_at": "2026-11-22T01:00:00Z",
-    "terminated_at": None,
+MADE = {
+    "id": "key_1", "agent_id": "agt_1", "name": "n", "start": "gbk_", "scopes": [], "created_at": "2026-11-22T00:00:00Z",
+    "used_at": None, "expires_at": None, "revoked_at": None, "key": {"id": "key_1", "key": None},
 }  # fmt: skip
+DONE = {"exit_code": 0, "stdout": "", "stderr": "", "truncated": False, "duration_ms": 1}
 LOST = b""
 """No answer: the connection is closed once the request was read."""
 
@@ -218,28 +217,28 @@ async def at(*answers: bytes) -> AsyncGenerator[tuple[AsyncClient, Asked]]:
 
 
 async def test_a_create_whose_answer_was_lost_is_sent_again_with_its_key() -> None:
-    async with at(LOST, problem(409, "idempotency_in_progress", retry_after="0"), write(202, POD)) as (one, asked):
-        assert (await one.create_pod({"command": ["x"], "requirements": {}})).id == "pod_1"
+    async with at(LOST, problem(409, "idempotency_in_progress", retry_after="0"), write(201, MADE)) as (one, asked):
+        assert (await one.create_key({"name": "n"})).id == "key_1"
     assert len({headers["idempotency-key"] for headers in asked.headers}) == 1
     assert len(asked.lines) == 3
-    async with at(write(202, POD)) as (one, asked):
-        await one.create_pod({}, idempotency_key="mine")
+    async with at(write(201, MADE)) as (one, asked):
+        await one.create_key({}, idempotency_key="mine")
     assert asked.headers[0]["idempotency-key"] == "mine"
 
 
 async def test_an_action_whose_answer_was_lost_is_not_sent_again_and_says_so() -> None:
-    async with at(LOST, write(202, POD)) as (one, asked):
+    async with at(LOST, write(200, DONE)) as (one, asked):
         with pytest.raises(BrokerError) as raised:
-            await one.restart_pod("pod_1")
+            await one.execute("pod_1", ["true"])
     assert (raised.value.status, raised.value.code, len(asked.lines)) == (0, "no_answer", 1)
     assert "look before" in raised.value.hint
 
 
 async def test_what_was_not_done_is_sent_again_whatever_it_is() -> None:
     refusals = (problem(429, "rate_limited", retry_after="0"), problem(503, "unavailable", retry_after="0"))
-    async with at(*refusals, write(202, POD)) as (one, asked):
-        await one.restart_pod("pod_1")
-    assert asked.lines == ["POST /v1/pods/pod_1/restart?wait=0"] * 3
+    async with at(*refusals, write(200, DONE)) as (one, asked):
+        await one.execute("pod_1", ["true"])
+    assert asked.lines == ["POST /v1/exec/pod_1"] * 3
 
 
 async def test_a_read_is_tried_four_times_and_a_long_wait_is_told_instead() -> None:
@@ -328,9 +327,6 @@ async def test_an_address_or_a_key_that_cannot_be_is_told_at_once(url: str, key:
 
 
 async def test_a_host_for_each_function() -> None:
-    async with answering(write(200, POD)) as (url, asked):
-        one = AsyncClient(f"{url}/{{function}}", KEY)
-        await one.get_pod("pod_1/../..")
-        await one.close()
-    assert asked.lines == ["GET /pods/v1/pods/pod_1%2F..%2F..?wait=0&until=settled"]
-    assert module.__doc__
+    async with answering(write(200, DONE)) as (url, asked), AsyncClient(f"{url}/{{function}}", KEY) as one:
+        await one.execute("pod_1/../..", ["true"])
+    assert asked.lines == ["POST /exec/v1/exec/pod_1%2F..%2F.."]

@@ -98,3 +98,25 @@ async def test_the_history_tells_every_state_attempt_and_charge_in_order(world: 
         page = await agent.get(f"/v1/pods/{pod['id']}/events?limit=2" + (f"&cursor={cursor}" if cursor else ""))
         paged, cursor = paged + page["items"], page["next_cursor"]
     assert paged == found
+
+
+async def test_every_change_that_is_seen_has_a_version_of_its_own(world: World) -> None:
+    """Whoever waits for a change waits for the version."""
+    await world.use_final()
+    pod = await world.root.pod()
+    path, seen = f"/v1/pods/{pod['id']}", {pod["version"]: pod["state"]}
+    for action in ("", "stop", "start", "restart", "restart"):
+        if action:
+            asked = await world.root.post(f"{path}/{action}", status=202)
+            assert asked["version"] > max(seen), f"{action}: {asked['state']}"
+            seen[asked["version"]] = asked["state"]
+        await world.drive_due()
+        now = await world.root.get(path)
+        assert now["version"] > max(seen), f"{action}: {now['state']} after {seen}"
+        seen[now["version"]] = now["state"]
+    assert list(seen.values()) == [
+        "requested", "running", "stopping", "stopped", "starting", "running", "starting", "running", "starting", "running",
+    ]  # fmt: skip
+    world.provider.obscure.add("i-1")
+    await world.tick()
+    assert (await world.root.get(path))["version"] > max(seen)
