@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, Final
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from gpubroker.errors import AmbiguousOutcome, ProviderError, Rejected
 from gpubroker.ids import find_ref
 from gpubroker.providers import base
@@ -124,8 +121,7 @@ class Lambda(HttpProvider):
         except Rejected as rejected:
             if not rejected.code.startswith("http_4"):  # that it may not be asked says nothing: the launch finds out
                 raise
-        public = Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
-        body = {"name": name, "public_key": f"{public.decode()} {name}"}
+        body = {"name": name, "public_key": f"{_make_public_key()} {name}"}
         with suppress(AmbiguousOutcome, Rejected):  # another may have added it meanwhile: the launch finds out
             await self.http.call("act", "POST", "/ssh-keys", body=body, manner="once", read=read_nothing)
         return name
@@ -228,3 +224,11 @@ def _instance(instance: Document) -> Instance:
         endpoints=tuple(ports.read(_tags(instance).get(_PORTS_TAG, ""), ip, _USER)) if ip else (),
         price_micro_h=instance.child("instance_type").cents("price_cents_per_hour") if is_running else None,
     )
+
+
+def _make_public_key() -> str:
+    """A public key whose private half is thrown away at once."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415 - asked for once
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat  # noqa: PLC0415 - as above
+
+    return Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()

@@ -13,8 +13,6 @@ import json
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
-import yaml
-
 from gpubroker.errors import Rejected
 from gpubroker.providers.base import Spec
 from gpubroker.providers.http import ports
@@ -105,7 +103,7 @@ def write(spec: Spec, *, gpus: bool = True) -> str:
     config: dict[str, Any] = {"ssh_authorized_keys": [spec.ssh_public_key]} if spec.ssh_public_key else {}
     config["write_files"] = [file._asdict() for file in _files(spec, gpus=gpus)]
     config["runcmd"] = list(_COMMANDS)
-    return "#cloud-config\n" + yaml.dump(config, Dumper=_Dumper, sort_keys=False, width=_LONGEST_WORD)
+    return "#cloud-config\n" + _dump(config)
 
 
 def write_script(spec: Spec, *, gpus: bool = True) -> str:
@@ -163,12 +161,15 @@ def _container(spec: Spec, image: str, *, gpus: bool) -> dict[str, Any]:
     return body
 
 
-class _Dumper(yaml.SafeDumper):
-    """Files as blocks that a person can read."""
+def _dump(config: dict[str, Any]) -> str:
+    """YAML, its files as blocks that a person can read."""
+    import yaml  # noqa: PLC0415 - who rents a machine waits for it, not every tick that knows of this provider
 
+    class Dumper(yaml.SafeDumper):
+        """Of this text alone."""
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
-
-_Dumper.add_representer(str, _represent_text)
+    Dumper.add_representer(str, represent_text)
+    return yaml.dump(config, Dumper=Dumper, sort_keys=False, width=_LONGEST_WORD)
