@@ -86,7 +86,7 @@ class Player:
     ) -> None:
         self.url = url
         self.every = every
-        """Of schemathesis' systematic cases, which are some 2,800, every so many-th is made."""
+        """Of schemathesis' systematic cases, which are some 2,800, every so many-th is made; 0: none."""
         self.session = requests.Session()
         self.session.trust_env = False
         if key is not None:
@@ -102,7 +102,8 @@ class Player:
         self.schema.config.update(base_url=url)
 
     def play(self, examples: int) -> None:
-        modes = [HypothesisTestMode.EXAMPLES, HypothesisTestMode.COVERAGE, HypothesisTestMode.FUZZING]
+        modes = [HypothesisTestMode.EXAMPLES, HypothesisTestMode.FUZZING]
+        modes += [HypothesisTestMode.COVERAGE] if self.every else []
         settings = hypothesis.settings(
             max_examples=examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
         )
@@ -144,7 +145,7 @@ class Player:
                 case.query.pop(name, None)
 
 
-@pytest.mark.parametrize(("who", "every", "least"), [("a child", 6, 3), ("nobody", 20, 1)])
+@pytest.mark.parametrize(("who", "every", "least"), [("a child", 10, 3), ("nobody", 0, 2)])
 async def test_every_answer_is_one_that_the_document_names(world: World, who: str, every: int, least: int) -> None:
     child = await world.root.child(scopes=RIGHTS, budget={"limit_usd": "50"})
     real = await things(world, child)
@@ -158,4 +159,4 @@ async def test_every_answer_is_one_that_the_document_names(world: World, who: st
     log.info("%s: %d requests, seed %d: %s", who, player.statuses.total(), SEED, dict(player.statuses))
     assert not player.failures, f"seed {SEED}\n" + "\n\n".join(f"{k}: {v}" for k, v in player.failures.items())[:3000]
     assert not any(status >= 500 for status in player.statuses)
-    assert player.statuses.total() > 4 * operations
+    assert player.statuses.total() >= 2 * operations
