@@ -16,9 +16,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gpubroker import errors, outbox, store
+from gpubroker.bodies import parse_json, read_body
 from gpubroker.events import BY_TYPE, TICK
 from gpubroker.times import parse_time
-from gpubroker.web import Served, parse_json, read_body
+from gpubroker.web import Served
 
 log = logging.getLogger("gpubroker.consumer")
 

@@ -42,7 +42,10 @@ GpubrokerError
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
+
+MANUAL: Final = "/docs/errors.md"
+"""Where each error is explained, below the public URL."""
 
 
 class GpubrokerError(Exception):

@@ -11,22 +11,20 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from decimal import Decimal
 from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from gpubroker import bundle, config, errors, keys, outbox, rates, signing, store
+from gpubroker import bodies, bundle, errors, keys, outbox, rates, signing, store
 from gpubroker.ids import is_id, new_id
-from gpubroker.inputs import LARGEST_BODY, Input, NoQuery, Nothing, Query, invalid
+from gpubroker.inputs import Input, NoQuery, Nothing, Query, invalid
 from gpubroker.operations import Operation
 
 log = logging.getLogger("gpubroker.web")
@@ -39,11 +37,8 @@ _IDEMPOTENCY_KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _WITH_BODY: Final = ("POST", "PUT", "PATCH")
 _CHALLENGE: Final = {"WWW-Authenticate": 'Bearer realm="gpubroker"'}
-_CLIENT_CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="gpubroker", Bearer realm="gpubroker"'}
-_DEEPEST: Final = 32
 _FAILED: Final = 500
 _SLOW_SECONDS: Final = 1.0
-_ERRORS_PATH: Final = "/docs/errors.md"
 _SHORT_QUERY: Final = 512
 _KNOWN_QUERIES: Final = 512
 
@@ -204,7 +199,7 @@ class Api(Served):
     def _route(self) -> Router:
         served = (
             Operation("GET", "/healthz", _check_health, "Say whether this function works.", open=True),
-            Operation("GET", _ERRORS_PATH, _show_errors, "What each error means.", open=True),
+            Operation("GET", errors.MANUAL, _show_errors, "What each error means.", open=True),
             Operation("GET", f"/openapi/{self.name}.json", self._describe, "Describe this function.", open=True),
         )
         paths: dict[str, dict[str, Operation]] = {}
@@ -239,10 +234,9 @@ class Resource:
             answer = await operation.handler(call)
             response = answer if isinstance(answer, Response) else render(answer)
         except Exception as error:  # noqa: BLE001 - every error becomes a problem document; an unknown one is logged whole
-            problem = as_problem(error, request_id)
-            if operation is not None and operation.form is not None and isinstance(problem, errors.Unauthenticated):
-                problem = errors.OAuthError("invalid_client", problem.detail)
-            response = render_problem(problem, request_id)
+            from gpubroker import problems  # noqa: PLC0415 - what goes well needs none of it
+
+            response = problems.answer(error, request_id, in_oauth=operation is not None and operation.form is not None)
         headers["X-Request-Id"] = request_id
         response.raw_headers += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await response(scope, receive, send)
@@ -332,7 +326,7 @@ def read_client(request: Request, form: Mapping[str, str]) -> tuple[str, str] | 
 
 
 async def _parse_form(request: Request) -> dict[str, str]:
-    raw = await read_body(request)
+    raw = await bodies.read_body(request)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/x-www-form-urlencoded":
         raise errors.OAuthError("invalid_request", "the body must be application/x-www-form-urlencoded")
@@ -385,7 +379,9 @@ def _read_query(text: bytes, model: type[Query]) -> Query:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _as_invalid(error, model, "?") from None
+        from gpubroker import problems  # noqa: PLC0415 - as above
+
+        raise problems.as_invalid(error, model, "?") from None
 
 
 _known_query = lru_cache(maxsize=_KNOWN_QUERIES)(_read_query)
@@ -393,184 +389,24 @@ _known_query = lru_cache(maxsize=_KNOWN_QUERIES)(_read_query)
 
 
 async def _parse_body(request: Request, model: type[Input]) -> tuple[object, Input]:
-    raw = await read_body(request)
+    raw = await bodies.read_body(request)
     if not raw and model is Nothing:
         return None, Nothing()
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise errors.UnsupportedMediaType
-    parsed = parse_json(raw)
+    parsed = bodies.parse_json(raw)
     if not isinstance(parsed, dict):
         raise errors.Invalid(more={"errors": [{"pointer": "", "message": "must be a JSON object"}]})
     try:
         return cast("object", parsed), model.model_validate(parsed)
     except ValidationError as error:
-        raise _as_invalid(error, model, "/") from None
+        from gpubroker import problems  # noqa: PLC0415 - as above
+
+        raise problems.as_invalid(error, model, "/") from None
 
 
-async def read_body(request: Request) -> bytes:
-    """Read the whole body. Raises BodyTooLarge above 1 MiB, as soon as that is known."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > LARGEST_BODY:
-        raise errors.BodyTooLarge
-    read = bytearray()
-    async for chunk in request.stream():
-        read += chunk
-        if len(read) > LARGEST_BODY:
-            raise errors.BodyTooLarge
-    return bytes(read)
-
-
-def parse_json(raw: bytes) -> object:
-    """Read JSON exactly: numbers with a point as Decimal, no NaN, no name twice, nothing PostgreSQL could not store."""
-    try:
-        parsed: object = json.loads(
-            raw, parse_float=_parse_number, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated
-        )
-    except errors.Problem:
-        raise
-    except (ValueError, RecursionError) as error:
-        detail = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8, or nested too deep"
-        place = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise errors.MalformedJson(f"The body is not valid JSON: {detail}{place}.") from None
-    _refuse_unstorable(parsed, "", 0)
-    return parsed
-
-
-def _parse_number(text: str) -> Decimal:
-    if len(text) > 40:  # noqa: PLR2004 - no amount has so many digits, and an exponent of millions would cost memory
-        msg = "a number is too long"
-        raise ValueError(msg)
-    number = Decimal(text)
-    if abs(number.adjusted()) > 40:  # noqa: PLR2004 - as above
-        msg = "a number is too large or too small"
-        raise ValueError(msg)
-    return number
-
-
-def _refuse_constant(text: str) -> object:
-    msg = f"{text} is not JSON"
-    raise ValueError(msg)
-
-
-def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        msg = "an object has the same name twice"
-        raise ValueError(msg)
-    return made
-
-
-def _refuse_unstorable(value: object, pointer: str, depth: int) -> None:
-    if depth > _DEEPEST:
-        raise errors.MalformedJson("The body is nested too deep.")
-    if isinstance(value, str):
-        if "\x00" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise invalid(pointer or "/", "holds a NUL character or half a surrogate pair")
-    elif isinstance(value, dict):
-        for name, member in cast("dict[str, object]", value).items():
-            _refuse_unstorable(name, pointer, depth + 1)
-            _refuse_unstorable(member, f"{pointer}/{name.replace('~', '~0').replace('/', '~1')}", depth + 1)
-    elif isinstance(value, list):
-        for place, member in enumerate(cast("list[object]", value)):
-            _refuse_unstorable(member, f"{pointer}/{place}", depth + 1)
-    elif isinstance(value, int) and abs(value) > 2**63:
-        raise invalid(pointer or "/", "is too large a number")
-
-
-# Errors
-
-
-def _as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> errors.Invalid:
-    found: list[dict[str, object]] = []
-    for wrong in error.errors(include_url=False, include_input=False, include_context=False):
-        place = "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in wrong["loc"])
-        message = wrong["msg"].removeprefix("Value error, ")
-        entry: dict[str, object] = {"pointer": root + place, "message": message}
-        if wrong["type"] == "extra_forbidden":
-            entry["message"] = "is not known here"
-            near = _nearest(model, wrong["loc"])
-            if near:
-                entry["did_you_mean"] = near
-        found.append(entry)
-    first = found[0]
-    return errors.Invalid(f"{first['pointer']}: {first['message']}.", more={"errors": found})
-
-
-def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None:
-    from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
-
-    fields = _named(model)
-    for part in place[:-1]:
-        declared = fields.get(str(part))
-        inner = _models_in(declared.annotation if declared else None)
-        fields = _named(inner[0]) if inner else {}
-    near = get_close_matches(str(place[-1]), list(fields), n=1)
-    return near[0] if near else None
-
-
-def _named(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields by their public names."""
-    return {declared.alias or name: declared for name, declared in model.model_fields.items()}
-
-
-def _models_in(annotation: object) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    inner: tuple[object, ...] = getattr(cast("object", annotation), "__args__", ())
-    return [model for part in inner for model in _models_in(part)]
-
-
-def as_problem(error: Exception, request_id: str) -> errors.Problem:
-    """Make a problem of whatever was raised. What nobody foresaw is logged whole and shown as nothing."""
-    if isinstance(error, errors.Problem):
-        return error
-    if isinstance(error, ClientDisconnect):
-        return errors.MalformedJson("The body ended early.")
-    if isinstance(error, errors.SetupError):
-        log.error("%s: %s", request_id, error)
-        return errors.Unavailable(headers={"Retry-After": "30"})
-    log.error("%s: unforeseen error", request_id, exc_info=error)
-    return errors.Internal()
-
-
-def render_problem(problem: errors.Problem, request_id: str) -> Response:
-    """Write a problem document, or for OAuth the error that its RFCs say."""
-    if isinstance(problem, errors.OAuthError):
-        return _render_oauth(problem)
-    body: dict[str, object] = {
-        "type": f"{config.settings().public_url}{_ERRORS_PATH}#{problem.slug}",
-        "title": problem.title,
-        "status": problem.status,
-        "detail": problem.detail,
-        "code": problem.slug,
-        "retryable": problem.retryable,
-        "request_id": request_id,
-        "hint": problem.said_hint,
-        **problem.more,
-    }
-    if problem.steps:
-        body["next"] = [step.as_json() for step in problem.steps]
-    return Response(
-        json.dumps(body, default=_as_json).encode(),
-        status_code=problem.status,
-        headers=problem.headers,
-        media_type="application/problem+json",
-    )
-
-
-def _render_oauth(problem: errors.OAuthError) -> Response:
-    content = json.dumps({"error": problem.error, "error_description": problem.detail}).encode()
-    headers = {"Cache-Control": "no-store"} | (_CLIENT_CHALLENGE if problem.is_client_unknown else {})
-    status = 401 if problem.is_client_unknown else problem.status
-    return Response(content, status_code=status, headers=headers, media_type="application/json")
-
-
-def _as_json(value: object) -> object:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
-    msg = f"{type(value).__name__} has no place in an answer"
-    raise TypeError(msg)
+# Answers
 
 
 def render(answer: Answer) -> Response:
@@ -580,7 +416,7 @@ def render(answer: Answer) -> Response:
     if isinstance(answer.body, BaseModel):
         content = answer.body.model_dump_json(by_alias=True).encode()
     else:
-        content = json.dumps(answer.body, default=_as_json).encode()
+        content = json.dumps(answer.body, default=bodies.as_json).encode()
     return Response(content, status_code=answer.status, headers=answer.headers, media_type="application/json")
 
 

@@ -151,7 +151,7 @@ FRAMEWORK = (
 )
 """functions-framework brings Flask and all that it needs; the rest is what any of our functions is made of."""
 OURS = (
-    "adapters bundle cache cli config errors events ids inputs keys money operations outbox"
+    "adapters bodies bundle cache cli config errors events ids inputs keys money operations outbox problems"
     " rates resources resources.pods sealing serving signing store store.events store.migrations"
     " store.tokens times web"
 )
