@@ -386,7 +386,7 @@ class ProviderContract:
         await adapter.list_managed(OWNER)
         pages = sim.count("list")
         for good in range(pages):
-            nothing = [Fault("pass", after=True)] * good
+            nothing = [server.PASS] * good
             sim.faults["list"] = [*nothing, *[server.status(500)] * 3]
             with pytest.raises(ProviderError):
                 await adapter.list_managed(OWNER)

@@ -59,6 +59,7 @@ class Fault:
     after: bool = False
 
 
+PASS = Fault("pass", after=True)
 HANG, RESET, RESET_AFTER = Fault("hang"), Fault("reset"), Fault("reset", after=True)
 HANG_AFTER = Fault("hang", after=True)
 CUT = Fault("cut", after=True)

@@ -28,6 +28,7 @@ from gpubroker.errors import (
 from gpubroker.providers.http.answers import Answer, Secrets, judge
 from gpubroker.providers.http.breakers import Breakers, Kind
 from gpubroker.providers.http.buckets import Buckets, Limit
+from gpubroker.providers.http.oauth import ClientCredentials
 
 T = TypeVar("T")
 Judge = Callable[[Kind, Answer], ProviderError | None]
@@ -171,7 +172,12 @@ class Client:
         silence = self.seconds[kind] if kind == "create" else self.read_seconds
         timeout = httpx.Timeout(silence, connect=_CONNECT_SECONDS)
         return self._http.build_request(
-            method, url, params=None if query is None else dict(query), json=body, timeout=timeout
+            method,
+            url,
+            params=None if query is None else dict(query),
+            json=body,
+            timeout=timeout,
+            extensions={"base_url": self.base_url},
         )
 
     async def _send(
@@ -192,17 +198,19 @@ class Client:
         try:
             response = await self._http.send(request, auth=self._auth, stream=True)
             try:
-                answer = Answer(
-                    response.status_code, response.headers, await _read_body(response, self.largest_answer), secrets
-                )
+                body = await _read_body(response, self.largest_answer)
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
-            sent = not isinstance(error, _NOT_SENT)
+            has_token = not isinstance(self._auth, ClientCredentials) or "Authorization" in request.headers
+            sent = has_token and not isinstance(error, _NOT_SENT)
             said = f"{type(error).__name__} at {request.method} {request.url.path}"
             raise _Failed(
                 ProviderError("no_answer" if sent else "unreachable", said), sent=sent, may_pass=True
             ) from None
+        if isinstance(self._auth, ClientCredentials):
+            secrets = Secrets((*secrets, *self._auth.secrets))
+        answer = Answer(response.status_code, response.headers, body, secrets)
         self.clock_seconds = answer.clock_seconds()
         if answer.is_success:
             return answer
