@@ -26,7 +26,8 @@ def test_a_documents_session_says_what_it_says(path: Path, tmp_path: Path) -> No
             "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin:/usr/local/bin",
             "HOME": str(tmp_path), "COLUMNS": "120", "GPUBROKER_LOCAL_VCPUS": "2",
         }  # fmt: skip
-        assert documents.play(path, tmp_path, env, {"http://127.0.0.1:8080": ready["url"]}) == []
+        wrong = documents.play(path, tmp_path, env, {"http://127.0.0.1:8080": ready["url"]})
+        assert not wrong, "\n".join(wrong)
     finally:
         dev.terminate()
         dev.wait(30)

@@ -16,5 +16,6 @@ CREATE TABLE command (
 ALTER TABLE command ENABLE ROW LEVEL SECURITY;
 CREATE POLICY tenant ON command TO gpubroker_public USING (org_id = current_setting('gpubroker.org', true));
 CREATE POLICY every ON command TO gpubroker_worker USING (true);
-GRANT SELECT, INSERT, UPDATE ON command TO gpubroker_public;
+GRANT SELECT, INSERT ON command TO gpubroker_public;
+GRANT UPDATE (status, pod_id, code, detail) ON command TO gpubroker_public;
 GRANT SELECT ON command TO gpubroker_worker;
