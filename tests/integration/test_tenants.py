@@ -67,7 +67,11 @@ def fill(books: Books) -> dict[str, dict]:
         "INSERT INTO budget_news (agent_id, org_id, what, limit_micro, period_start) VALUES (%s, %s, 'threshold', 1, '2026-01-01')",
         agent_id, org_id,
     )  # fmt: skip
-    books.query("INSERT INTO command (agent_id, source, event_id, org_id, body_mac) VALUES (%s, 's', 'e', %s, 'x')", agent_id, org_id)
+    books.query(
+        "INSERT INTO command (agent_id, source, event_id, org_id, body_mac) VALUES (%s, 's', 'e', %s, 'x')",
+        agent_id,
+        org_id,
+    )
     books.query("INSERT INTO pod_label VALUES (%s, %s, 'k', 'v')", org_id, pod_id)
     books.query("INSERT INTO pod_log VALUES (%s, %s, 0, 'x', %s)", pod_id, org_id, NOON)
     event_id = new_id("evt")
