@@ -23,7 +23,7 @@ from tests.dev import Dev, bootstrap, started_at, wait_until
 from gpubroker.machine import control, folder, processes, record
 
 SEED = int(os.environ.get("GPUBROKER_KILL_SEED", "1"))
-ROUNDS = int(os.environ.get("GPUBROKER_KILL_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("GPUBROKER_KILL_ROUNDS", "1"))
 STATES = ("creating", "stopping", "requested", "starting", "restarting", "terminating", "running", "stopped")
 """What is waited for in turn before the power is cut; the other pods are in other states then."""
 MOST_PODS = 3
