@@ -7,10 +7,11 @@ provider that moved it says so itself. Only references of our owner are touched 
 import asyncio
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, NamedTuple
 
 from gpubroker import errors, times
+from gpubroker.ids import read_hard_stop
 from gpubroker.providers.base import Instance, Provider
 
 log = logging.getLogger("gpubroker.deadman")
@@ -78,8 +79,5 @@ async def _end(provider: Provider, instance: Instance, hard_stop_at: datetime, g
 
 def find_hard_stop(instance: Instance) -> datetime | None:
     """The moment after which anyone may destroy an instance: the one in its name, or a later one that its provider has."""
-    try:
-        named = datetime.fromtimestamp(int((instance.ref or "").rpartition("-")[2], 36), UTC)
-    except (ValueError, OverflowError, OSError):
-        return None
-    return max(named, instance.hard_stop_at or named)
+    named = read_hard_stop(instance.ref or "")
+    return None if named is None else max(named, instance.hard_stop_at or named)

@@ -4,7 +4,8 @@ One function a check. Each says in a line what it found, and when that is not we
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, NamedTuple
 
@@ -13,13 +14,20 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from gpubroker import bundle, config
+from gpubroker.ids import read_hard_stop
+from gpubroker.money import format_usd
+from gpubroker.providers import registry
 from gpubroker.store import health
 
 _SECONDS: Final = 10
 _COLD_SECONDS: Final = 30
 _CLOCK_SECONDS: Final = 5
 _FOREIGN: Final = 500
+_SWITCHED: Final = timedelta(minutes=15)
+"""What is still seen so long after its hard stop was not ended by any switch: the dead man's is thrown every 5 minutes."""
+_SWITCH: Final = "dead man's switch"
 Connection = AsyncConnection[TupleRow]
+Switch = Literal["provider", "deadman", "none"]
 
 
 class Finding(NamedTuple):
@@ -29,6 +37,8 @@ class Finding(NamedTuple):
     status: Literal["ok", "warning", "bad"]
     said: str
     what_to_do: str | None = None
+    figures: Mapping[str, object] | None = None
+    """What was counted, for machines."""
 
 
 def ok(check: str, said: str) -> Finding:
@@ -50,6 +60,7 @@ async def examine() -> list[Finding]:
                 work = await health.read_work(conn)
                 checks = (check_due_pods, check_events, check_ticks, check_providers, check_months)
                 found += [check(settings, work) for check in checks]
+                found.append(check_switches(await health.list_present(conn)))
     outside: tuple[Callable[[config.Settings], Awaitable[Finding]], ...] = (check_redis, check_broker, check_functions)
     return [*found, *await asyncio.gather(*(check(settings) for check in outside))]
 
@@ -180,6 +191,67 @@ def check_months(settings: config.Settings, work: health.Work) -> Finding:
     if work.month_is_late:
         return Finding("months", "warning", "last month is not closed yet", "'reconcile' closes it: see its logs.")
     return ok("months", "closed as they should be")
+
+
+def check_switches(present: Sequence[health.Present]) -> Finding:
+    """What ends every instance when the broker is dead, and what an hour costs of those that nothing would end.
+
+    A machine that would only power itself off bills on at most vendors: that is no switch.
+    """
+    by_switch: dict[Switch, list[health.Present]] = {switch: [] for switch in ("provider", "deadman", "none")}
+    for instance in present:
+        by_switch[_find_switch(instance)].append(instance)
+    figures = {name: _sum(instances) for name, instances in by_switch.items()}
+    none, deadman = by_switch["none"], by_switch["deadman"]
+    said = f"{format_usd(0)} USD/h without one" if not none else f"no switch covers {_describe(none)}"
+    if deadman:
+        said += f"; 'gpubroker deadman' alone covers {_describe(deadman)}"
+    if by_switch["provider"]:
+        said += f"; their providers end {_describe(by_switch['provider'])}"
+    advice: list[str] = []
+    if none:
+        advice.append("Look at these at their providers and end them there: nothing else will.")
+    if deadman:
+        needed = ", ".join(["GPUBROKER_OWNER", *_credentials({instance.provider for instance in deadman})])
+        advice.append(
+            f"Nothing here can see whether 'gpubroker deadman' runs: see that it does, best in another cluster, with {needed}."
+        )
+    return Finding(_SWITCH, "bad" if none else "warning" if deadman else "ok", said, " ".join(advice) or None, figures)
+
+
+def _find_switch(instance: health.Present) -> Switch:
+    """What would end it. Without an adapter, or a hard stop in its reference, the dead man's switch does not know it."""
+    stop = read_hard_stop(instance.ref or "")
+    stops_at = max((each for each in (stop, instance.hard_stop_at) if each is not None), default=None)
+    if instance.seen_at and stops_at and instance.seen_at > stops_at + _SWITCHED:
+        return "none"
+    if instance.ends_itself:
+        return "provider"
+    return "deadman" if stop is not None and instance.provider in registry.names() else "none"
+
+
+def _sum(instances: Sequence[health.Present]) -> dict[str, object]:
+    prices = [instance.price_micro_h for instance in instances]
+    sums: Counter[str] = Counter()
+    for instance in instances:
+        sums[instance.provider] += instance.price_micro_h or 0
+    return {
+        "instances": len(prices),
+        "unpriced": prices.count(None),
+        "usd_per_hour": format_usd(sums.total()),
+        "by_provider": {provider: format_usd(micro) for provider, micro in sorted(sums.items())},
+    }
+
+
+def _describe(instances: Sequence[health.Present]) -> str:
+    total = format_usd(sum(instance.price_micro_h or 0 for instance in instances))
+    unpriced = sum(instance.price_micro_h is None for instance in instances)
+    more = f", and {unpriced} of unknown price" if unpriced else ""
+    return f"{total} USD/h{more} ({', '.join(sorted({instance.provider for instance in instances}))})"
+
+
+def _credentials(providers: Iterable[str]) -> list[str]:
+    return [name for provider in sorted(providers) for name in registry.adapter(provider).credentials]
 
 
 # Outside

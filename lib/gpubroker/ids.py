@@ -7,6 +7,7 @@ The database makes the same ids by its function `new_id(prefix)`.
 import os
 import re
 import time
+from datetime import UTC, datetime
 from typing import Final, Literal
 
 Prefix = Literal["org", "agt", "key", "ofr", "qte", "pod", "att", "ins", "use", "bud", "evt", "acc", "tok", "req"]
@@ -52,3 +53,11 @@ def find_ref(*texts: str | None) -> str | None:
     """The first reference of an attempt in the names and labels of an instance: `gb-<owner>-<attempt>-<hard stop, base 36>`."""
     found = (_REF.search(text) for text in texts if text)
     return next((match[0] for match in found if match), None)
+
+
+def read_hard_stop(ref: str) -> datetime | None:
+    """The hard stop in a reference; None for a text that has none."""
+    try:
+        return datetime.fromtimestamp(int(ref.rpartition("-")[2], 36), UTC)
+    except (ValueError, OverflowError, OSError):
+        return None

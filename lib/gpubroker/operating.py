@@ -46,9 +46,9 @@ def run_alone(work: Callable[[], Awaitable[T]]) -> T:
 
 
 async def switch_off() -> list[deadman.Report]:
-    """The dead man's switch, over every provider that is on."""
+    """The dead man's switch, over every provider that can be called: one that is drained too."""
     settings = config.settings()
-    names = registry.enabled(settings) or _refuse_none()
+    names = registry.reachable(settings) or _refuse_none()
     return await deadman.switch_off([adapters.mine().get(name) for name in names], settings.owner or "")
 
 

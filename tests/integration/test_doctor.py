@@ -9,6 +9,7 @@ from tests.factories import World
 from gpubroker import config, doctor
 
 pytestmark = pytest.mark.anyio
+SWITCH = "dead man's switch"
 OF_THE_DATABASE = {
     "settings",
     "database",
@@ -20,6 +21,7 @@ OF_THE_DATABASE = {
     "ticks",
     "providers",
     "months",
+    SWITCH,
 }
 
 
@@ -66,6 +68,61 @@ async def test_what_is_not_well_is_named(world: World, check: str, sql: str, sai
     assert finding.status != "ok"
     assert said in finding.said
     assert finding.what_to_do
+
+
+@pytest.mark.parametrize(
+    ("sql", "status", "sums", "said"),
+    [
+        # runpod has no end of its own: the name alone tells the dead man's switch
+        (None, "warning", {"deadman": "2.000000"}, "'gpubroker deadman' alone covers 2.000000 USD/h (runpod)"),
+        (
+            "UPDATE provider_account SET capabilities = capabilities || '{\"ttl\": true}'",
+            "ok",
+            {"provider": "2.000000"},
+            "0.000000 USD/h without one; their providers end 2.000000 USD/h (runpod)",
+        ),
+        (
+            "UPDATE instance SET hard_stop_at = seen_at - interval '1 hour', ref = 'gb-x-y-1'",
+            "bad",
+            {"none": "2.000000"},
+            "no switch covers 2.000000 USD/h (runpod)",
+        ),
+        ("UPDATE instance SET ref = 'a name'", "bad", {"none": "2.000000"}, "no switch covers 2.000000"),
+        ("UPDATE provider_account SET provider = 'unheard-of'", "bad", {"none": "2.000000"}, "(unheard-of)"),
+        (
+            "DELETE FROM phase; UPDATE instance SET attempt_id = NULL, ref = NULL",
+            "bad",
+            {"none": "0.000000"},
+            "0.000000 USD/h, and 1 of unknown price (runpod)",
+        ),
+        ("UPDATE instance SET gone_at = instant(), gone_evidence = '{}'", "ok", {}, "0.000000 USD/h without one"),
+    ],
+)
+async def test_what_no_switch_covers_is_told_in_usd_an_hour(
+    world: World, sql: str | None, status: str, sums: dict[str, str], said: str
+) -> None:
+    await world.run(world.root)
+    world.query("UPDATE provider_account SET provider = 'runpod'")
+    for statement in (sql or "").split("; "):
+        if statement:
+            world.query(statement)
+    finding = (await examined())[SWITCH]
+    assert (finding.status, finding.said.count(said)) == (status, 1), finding
+    assert finding.figures is not None
+    for switch in ("provider", "deadman", "none"):
+        told = finding.figures[switch]
+        assert isinstance(told, dict)
+        assert told["usd_per_hour"] == sums.get(switch, "0.000000")
+        assert told["instances"] == (switch in sums)
+    assert ("RUNPOD_API_KEY" in (finding.what_to_do or "")) == (status == "warning")
+
+
+async def test_a_stopped_pod_counts_with_what_it_costs_now(world: World) -> None:
+    pod = await world.run(world.root)
+    await world.root.post(f"/v1/pods/{pod['id']}/stop", {}, 202)
+    await world.drive_due()
+    world.query("UPDATE provider_account SET provider = 'runpod'")
+    assert "0.100000 USD/h (runpod)" in (await examined())[SWITCH].said
 
 
 async def test_a_database_that_is_away_or_anothers(world: World) -> None:

@@ -48,6 +48,12 @@ def enabled(settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in names() if adapter(name).credentials and _has_credentials(name, settings))
 
 
+def reachable(settings: Settings) -> tuple[str, ...]:
+    """Name the providers that can be called: those that are on, and any that was taken off the list with its credentials left."""
+    left = (name for name in names() if adapter(name).credentials and _has_credentials(name, settings))
+    return tuple(dict.fromkeys((*enabled(settings), *left)))
+
+
 def _has_credentials(name: str, settings: Settings) -> bool:
     return all(settings.variable(variable) for variable in adapter(name).credentials)
 

@@ -34,6 +34,20 @@ class Work(NamedTuple):
     month_is_late: bool
 
 
+class Present(NamedTuple):
+    """An instance that is not proved gone, and what it costs an hour now; `price_micro_h` is None where nobody knows.
+
+    `ends_itself`: its provider has an end of its own, which was set as it was made.
+    """
+
+    provider: str
+    ends_itself: bool
+    ref: str | None
+    hard_stop_at: datetime | None
+    seen_at: datetime | None
+    price_micro_h: int | None
+
+
 _SCHEMA: Final = "SELECT max(number), max(needs), (SELECT owner FROM installation) FROM migration"
 _WORK: Final = """
 SELECT clock_timestamp() AS now,
@@ -82,3 +96,20 @@ async def read_work(conn: AsyncConnection[Any]) -> Work:
         msg = "a SELECT without FROM has a row"
         raise LookupError(msg)
     return row
+
+
+_PRESENT: Final = """
+SELECT c.provider, coalesce((c.capabilities ->> 'ttl')::boolean, false) AS ends_itself, i.ref, i.hard_stop_at, i.seen_at,
+       coalesce((SELECT p.price_micro_h FROM phase p WHERE p.instance_id = i.id ORDER BY p.seq DESC LIMIT 1), a.price_micro_h)
+           AS price_micro_h
+  FROM instance i JOIN provider_account c ON c.id = i.account_id LEFT JOIN attempt a ON a.id = i.attempt_id
+ WHERE i.gone_at IS NULL"""
+
+
+async def list_present(conn: AsyncConnection[Any]) -> list[Present]:
+    """Every instance that may still bill, strays too."""
+    async with conn.transaction():
+        await conn.execute("SET LOCAL ROLE gpubroker_worker")
+        cursor = conn.cursor(row_factory=class_row(Present))
+        await cursor.execute(_PRESENT)
+        return await cursor.fetchall()
