@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import secrets
 import traceback
 from collections.abc import AsyncIterator, Iterator
@@ -77,6 +78,15 @@ class ProviderContract:
     vendor: ClassVar[type[Vendor]]
     path: ClassVar[str] = ""
     """The path of the base URL."""
+
+    @classmethod
+    def count_checks(cls) -> int:
+        """How many tests it is, with each of their cases."""
+        tests = [member for name in dir(cls) if name.startswith("test_") and callable(member := getattr(cls, name))]
+        return sum(
+            math.prod(len(mark.args[1]) for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize")
+            for test in tests
+        )
 
     # Parts
 
@@ -295,7 +305,7 @@ class ProviderContract:
     async def test_a_create_that_hangs_is_ambiguous(self, adapter: HttpProvider, sim: Vendor) -> None:
         offer, ref = await self.offer(adapter), make_ref()
         sim.plan("create", server.HANG_AFTER)
-        adapter.http.seconds["create"] = 0.5
+        adapter.http.seconds["create"] = 0.2
         with pytest.raises(AmbiguousOutcome):
             await adapter.create(self.spec(adapter), offer, ref)
         assert sim.count("create") == 1
@@ -885,7 +895,7 @@ class ProviderContract:
         self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            type(adapter), "capabilities", dataclasses.replace(adapter.capabilities, visibility_lag_seconds=1)
+            type(adapter), "capabilities", dataclasses.replace(adapter.capabilities, visibility_lag_seconds=0.1)
         )
         sim.plan("create", server.RESET_AFTER)
         steps = await trial.Trial(adapter, OWNER, 10**9, look_seconds=0.01).run()
