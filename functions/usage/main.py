@@ -3,11 +3,12 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import budgets, paging, web
+from gpubroker import budgets, paging, plans, web
 from gpubroker import usage as domain
 from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import Page
 from gpubroker.resources.budgets import Budget, BudgetRequest
+from gpubroker.resources.plans import Plan, Subscription, SubscriptionRequest
 from gpubroker.resources.usage import LimitsView, Statement, Usage, UsageRecord
 from gpubroker.store import budgets as rows
 
@@ -63,6 +64,41 @@ async def show_limits(call: web.Call[Nothing, NoQuery]) -> web.Answer:
     """Show the limits of the agent and its organisation, and what is used of them."""
     async with call.transaction() as tx:
         return web.Answer(await domain.show_limits(tx))
+
+
+@api.operation("GET", "/v1/plans", query=paging.Paged, answers={200: Page[Plan]})
+async def list_plans(call: web.Call[Nothing, paging.Paged]) -> web.Answer:
+    """List the plans, with what each allows."""
+    await call.admit()
+    return web.Answer(plans.list_plans(call.query))
+
+
+@api.operation(
+    "GET", "/v1/subscription", scope="usage:read", query=plans.SubscriptionQuery, answers={200: Subscription}
+)
+async def show_subscription(call: web.Call[Nothing, plans.SubscriptionQuery]) -> web.Answer:
+    """Show which plan the organisation is on."""
+    async with call.transaction() as tx:
+        return web.Answer(await plans.show_subscription(tx, call.query))
+
+
+@api.operation(
+    "PUT", "/v1/subscription", scope="budgets:write", body=SubscriptionRequest, query=plans.SubscriptionQuery,
+    answers={200: Subscription},
+)  # fmt: skip
+async def change_subscription(call: web.Call[SubscriptionRequest, plans.SubscriptionQuery]) -> web.Answer:
+    """Put the organisation on another plan: an operator on any, its root agent on a lesser one."""
+    async with call.transaction() as tx:
+        return web.Answer(await plans.change_subscription(tx, call.query, call.body.plan))
+
+
+@api.operation(
+    "DELETE", "/v1/subscription", scope="budgets:write", query=plans.CancelQuery, answers={200: Subscription}
+)
+async def cancel_subscription(call: web.Call[Nothing, plans.CancelQuery]) -> web.Answer:
+    """Cancel: on the free plan now, or at the end of the period."""
+    async with call.transaction() as tx:
+        return web.Answer(await plans.cancel_subscription(tx, call.query))
 
 
 @functions_framework.aio.http

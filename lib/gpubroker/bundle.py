@@ -49,7 +49,7 @@ FUNCTIONS: Final = (
     ),
     Function(
         "usage", "public", "what was used, spent and may be spent",
-        paths=("/v1/usage", "/v1/budgets", "/v1/statements", "/v1/limits"),
+        paths=("/v1/usage", "/v1/budgets", "/v1/statements", "/v1/limits", "/v1/plans", "/v1/subscription"),
     ),
     Function("intake", "public", "commands that come as CloudEvents", paths=("/v1/intake",), max_scale=4, timeout_seconds=90),
     Function(

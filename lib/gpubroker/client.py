@@ -33,6 +33,7 @@ from gpubroker.resources.agents import Agent, AgentWithKey, Key, KeyWithSecret, 
 from gpubroker.resources.budgets import Budget
 from gpubroker.resources.commands import CommandAnswers
 from gpubroker.resources.offers import Gpu, Offer, OfferPage, PriceHistory, ProviderView
+from gpubroker.resources.plans import Plan, Subscription
 from gpubroker.resources.pods import DryRun, ExecAnswer, Pod, PodEvent, Quote
 from gpubroker.resources.tokens import Introspection, Jwks, ServerMetadata, TokenAnswer
 from gpubroker.resources.usage import LimitsView, Statement, Usage, UsageRecord
@@ -334,6 +335,24 @@ class AsyncClient:
         body = {"limit_usd": limit_usd, "period": period}
         return await self._do(Budget, "PUT", f"/v1/budgets/{_segment(agent_id)}", body, repeatable=True)
 
+    async def list_plans(self, **query: object) -> Page[Plan]:
+        """What an organisation can be on."""
+        return await self._read(Page[Plan], "/v1/plans", query)
+
+    iterate_plans = _iterate(list_plans)
+
+    async def show_subscription(self, **query: object) -> Subscription:
+        """The plan of the organisation; an operator asks for another's by `org_id`."""
+        return await self._read(Subscription, "/v1/subscription", query)
+
+    async def change_subscription(self, plan: str, **query: object) -> Subscription:
+        """Put the organisation on a plan: an operator on any, its root agent on a lesser one."""
+        return await self._do(Subscription, "PUT", "/v1/subscription", {"plan": plan}, query, repeatable=True)
+
+    async def cancel_subscription(self, **query: object) -> Subscription:
+        """Put the organisation on the free plan: now, or with `at_period_end`."""
+        return await self._do(Subscription, "DELETE", "/v1/subscription", None, query, repeatable=True)
+
     # Commands as events
 
     async def send_commands(self, events: Sequence[Json]) -> CommandAnswers:
@@ -515,4 +534,9 @@ class Client:
     list_budgets = _sync(AsyncClient.list_budgets)
     iterate_budgets = _sync_iterator(AsyncClient.iterate_budgets)
     set_budget = _sync(AsyncClient.set_budget)
+    list_plans = _sync(AsyncClient.list_plans)
+    iterate_plans = _sync_iterator(AsyncClient.iterate_plans)
+    show_subscription = _sync(AsyncClient.show_subscription)
+    change_subscription = _sync(AsyncClient.change_subscription)
+    cancel_subscription = _sync(AsyncClient.cancel_subscription)
     send_commands = _sync(AsyncClient.send_commands)

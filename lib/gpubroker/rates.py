@@ -21,6 +21,7 @@ class _Window:
     """What an organisation has left of this second, in this process, and what Redis had last. `is_spent`: no more is to be had."""
 
     second: int
+    limit: int
     left: int = 0
     pool: int = 0
     is_spent: bool = False
@@ -48,10 +49,10 @@ class Limiter:
         limit = PER_SECOND[plan]
         second = int(time.time())
         window = self._windows.get(org_id)
-        if window is None or window.second != second:
-            window = self._windows[org_id] = self._new_window(second)
+        if window is None or (window.second, window.limit) != (second, limit):
+            window = self._windows[org_id] = self._new_window(second, limit)
         if window.left <= 0 and not window.is_spent:
-            await self._take_lot(org_id, limit, window)
+            await self._take_lot(org_id, window)
         if window.left <= 0:
             raise errors.RateLimited(
                 f"The organisation's plan allows {limit} requests a second.",
@@ -60,12 +61,13 @@ class Limiter:
         window.left -= 1
         return Rate(limit, window.left + window.pool)
 
-    def _new_window(self, second: int) -> _Window:
+    def _new_window(self, second: int, limit: int) -> _Window:
         if len(self._windows) > 1000:  # noqa: PLR2004 - forget those that nobody calls for
             self._windows = {org: window for org, window in self._windows.items() if window.second >= second - 1}
-        return _Window(second)
+        return _Window(second, limit)
 
-    async def _take_lot(self, org_id: str, limit: int, window: _Window) -> None:
+    async def _take_lot(self, org_id: str, window: _Window) -> None:
+        limit = window.limit
         lot = max(1, limit // _LOTS)
         redis = cache.shared.at_hand()
         if redis is None:

@@ -20,6 +20,7 @@ from gpubroker.store import billing as billing_rows
 from gpubroker.store import budgets as budget_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
+from gpubroker.store import plans as plan_rows
 from gpubroker.store import tokens as token_rows
 from gpubroker.sweep import sweep
 
@@ -91,6 +92,8 @@ async def _tidy() -> None:
         overdue = await event_rows.take_overdue(tx)
         for month in await billing_rows.close_months(tx.conn):
             log.info("%s is closed", month)
+        for org_id in await plan_rows.end_plans(tx.conn):
+            log.info("the plan of %s is over", org_id)
         await event_rows.prune(tx)
         await _tell_of_budgets(tx)
         await token_rows.prune_tokens(tx.conn)

@@ -47,6 +47,10 @@ async def use_accounts(one: AsyncClient) -> None:
     assert (await one.describe_server()).token_endpoint.endswith("/v1/token")
     assert (await one.set_budget(made.id, "0.5", "day")).period == "day"
     assert made.id in [budget.agent_id async for budget in one.iterate_budgets()]
+    plan = (await one.show_subscription()).plan
+    assert plan in [found.name async for found in one.iterate_plans(limit=1)]
+    assert (await one.cancel_subscription(at_period_end=True)).state == "ending"
+    assert (await one.change_subscription(plan)).state == "active"
     assert (await one.revoke_agent(made.id)).revoked_at
     assert all(found.revoked_at for found in (await one.list_keys(agent_id=made.id)).items), (
         "they died with their agent"

@@ -42,6 +42,10 @@ RESOURCES = {
     "StatementItem": "agent_id pod_id provider gpu seconds amount_usd",
     "LimitUse": "limit used",
     "MoneyLimitUse": "limit used",
+    "Plan": "name limits",
+    "PlanLimits": "requests_per_second",
+    "Subscription": "org_id plan limits state since period_end ends_at",
+    "SubscriptionRequest": "plan",
     "AgentRequest": "name scopes budget expires_in metadata",
     "AgentChange": "name metadata scopes expires_in may_act grants limits",
     "KeyRequest": "agent_id name scopes expires_in",
@@ -61,7 +65,8 @@ POST /v1/token; POST /v1/introspect; POST /v1/revoke; GET /.well-known/jwks.json
 GET /v1/whoami; GET /v1/offers; GET /v1/offers/{id}; GET /v1/gpus; GET /v1/gpus/{model}/prices; POST /v1/quotes; GET /v1/providers;
 POST GET DELETE /v1/pods; GET DELETE /v1/pods/{id}; POST /v1/pods/{id}/start; POST /v1/pods/{id}/stop; POST /v1/pods/{id}/restart;
 POST /v1/pods/{id}/extend; GET /v1/pods/{id}/events; GET /v1/logs/{pod_id}; POST /v1/exec/{pod_id}; GET /v1/usage;
-GET /v1/usage/records; GET /v1/budgets; PUT /v1/budgets/{agent_id}; GET /v1/statements/{month}; GET /v1/limits
+GET /v1/usage/records; GET /v1/budgets; PUT /v1/budgets/{agent_id}; GET /v1/statements/{month}; GET /v1/limits; GET /v1/plans;
+GET PUT DELETE /v1/subscription
 """
 QUERIES = {
     "GET /v1/pods": "state agent_id label created_after limit cursor",
@@ -72,7 +77,7 @@ QUERIES = {
     "GET /v1/gpus/{model}/prices": "from to step provider",
 }
 PAGED = {"GET /v1/agents", "GET /v1/keys", "GET /v1/offers", "GET /v1/gpus", "GET /v1/providers", "GET /v1/pods",
-         "GET /v1/pods/{id}/events", "GET /v1/usage/records", "GET /v1/budgets"}  # fmt: skip
+         "GET /v1/pods/{id}/events", "GET /v1/usage/records", "GET /v1/budgets", "GET /v1/plans"}  # fmt: skip
 
 
 async def test_every_name_is_there_and_no_other(world: World, subtests: pytest.Subtests):
