@@ -137,7 +137,9 @@ async def change_agent(tx: store.Transaction, agent_id: str, change: AgentChange
     await show_agent(tx, agent_id)
     is_self = agent_id == caller.agent_id
     if not is_self and (change.may_act is not None or change.grants is not None):
-        raise errors.Forbidden("Only the agent itself says who may act for it and what it grants.")
+        raise errors.Forbidden(
+            "Only the agent itself says who may act for it and what it grants.", hint="Have that agent do it."
+        )
     path = await rows.find_path(tx.conn, caller.agent_id, agent_id) or []
     *above, present = await rows.list_rights(tx.conn, path)
     wanted = await _wanted_rights(tx, change, present, path)
@@ -208,7 +210,10 @@ async def revoke_agent(tx: store.Transaction, agent_id: str) -> tuple[Agent, lis
     """Revoke an agent of the subtree and all below it; names whom. Raises Forbidden for oneself and the root."""
     if agent_id == tx.known.agent_id or agent_id == tx.known.path[0]:
         await show_agent(tx, agent_id)
-        raise errors.Forbidden("An agent cannot be deleted by itself, and the root not at all.")
+        raise errors.Forbidden(
+            "An agent cannot be deleted by itself, and the root not at all.",
+            hint="Have an agent above delete it; of the root, revoke the keys.",
+        )
     await show_agent(tx, agent_id)
     revoked = await rows.revoke_agents(tx.conn, agent_id)
     for revoked_id in revoked:
@@ -281,7 +286,9 @@ async def rotate_key(tx: store.Transaction, key_id: str, overlap_seconds: int) -
     caller = tx.known
     beyond = [scope for scope in old.scopes if scope not in caller.scopes]
     if beyond:
-        raise errors.Forbidden(f"That key has rights that the caller lacks: {', '.join(beyond)}.")
+        raise errors.Forbidden(
+            f"That key has rights that the caller lacks: {', '.join(beyond)}.", hint="Use a key that has them."
+        )
     if not await rows.lock_live_key(tx.conn, key_id):
         raise errors.Conflict(
             "That key is revoked, expired or replaced already.",

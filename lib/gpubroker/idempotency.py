@@ -43,7 +43,8 @@ async def find_made(tx: store.Transaction, request: Request) -> str | None:
     if kept is None:
         return None
     if kept.route != request.route or kept.body_mac != request.body_mac():
-        raise errors.IdempotencyKeyReused
+        found = [{"pointer": "Idempotency-Key", "message": "was used for another request"}]
+        raise errors.IdempotencyKeyReused(more={"errors": found})
     return kept.resource_id
 
 

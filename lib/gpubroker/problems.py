@@ -2,6 +2,8 @@
 
 import json
 import logging
+import re
+from collections.abc import Collection
 from typing import Final, cast
 
 from pydantic import BaseModel, ValidationError
@@ -13,36 +15,52 @@ from gpubroker import bodies, config, errors
 
 log = logging.getLogger("gpubroker.web")
 
+_WORD: Final = re.compile(r"'([^']*)'")
+_OF_A_KEY: Final = "[key]"
+"""Pydantic's last step to the name of a member, which is no place of its own."""
 _CLIENT_CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="gpubroker", Bearer realm="gpubroker"'}
 
 
 def as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> errors.Invalid:
     """What a model found wrong: places as JSON Pointers below `root`, and what was meant where a name is not known."""
     found: list[dict[str, object]] = []
-    for wrong in error.errors(include_url=False, include_input=False, include_context=False):
-        place = "/".join(str(part).replace("~", "~0").replace("/", "~1") for part in wrong["loc"])
+    for wrong in error.errors(include_url=False):
         message = wrong["msg"].removeprefix("Value error, ")
-        entry: dict[str, object] = {"pointer": root + place, "message": message}
+        entry: dict[str, object] = {"pointer": _point(wrong["loc"], root), "message": message}
+        near = None
         if wrong["type"] == "extra_forbidden":
             entry["message"] = "is not known here"
-            near = _nearest(model, wrong["loc"])
-            if near:
-                entry["did_you_mean"] = near
+            near = _nearest(str(wrong["loc"][-1]), _fields_at(model, wrong["loc"]))
+        elif wrong["type"] == "literal_error" and isinstance(wrong["input"], str):
+            near = _nearest(wrong["input"], _WORD.findall(wrong.get("ctx", {}).get("expected", "")))
+        if near:
+            entry["did_you_mean"] = near
         found.append(entry)
     first = found[0]
-    return errors.Invalid(f"{first['pointer']}: {first['message']}.", more={"errors": found})
+    return errors.Invalid(f"{first['pointer'] or 'the body'}: {first['message']}.", more={"errors": found})
 
 
-def _nearest(model: type[BaseModel], place: tuple[int | str, ...]) -> str | None:
+def _point(place: tuple[int | str, ...], root: str) -> str:
+    """A JSON Pointer (RFC 6901), of which the empty one is the whole body, or the name of a query parameter."""
+    steps = [str(part).replace("~", "~0").replace("/", "~1") for part in place if part != _OF_A_KEY]
+    return root + "/".join(steps) if steps else root.strip("/")
+
+
+def _nearest(text: str, known: Collection[str]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
 
+    near = get_close_matches(text, list(known), n=1)
+    return near[0] if near else None
+
+
+def _fields_at(model: type[BaseModel], place: tuple[int | str, ...]) -> Collection[str]:
+    """The fields that an object within a body, or the query, may have."""
     fields = _named(model)
     for part in place[:-1]:
         declared = fields.get(str(part))
         inner = _models_in(declared.annotation if declared else None)
         fields = _named(inner[0]) if inner else {}
-    near = get_close_matches(str(place[-1]), list(fields), n=1)
-    return near[0] if near else None
+    return fields
 
 
 def _named(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -93,6 +111,8 @@ def _render(problem: errors.Problem, request_id: str) -> Response:
         "hint": problem.said_hint,
         **problem.more,
     }
+    if isinstance(problem, errors.Invalid):
+        body.setdefault("errors", [])
     if problem.steps:
         body["next"] = [step.as_json() for step in problem.steps]
     return Response(

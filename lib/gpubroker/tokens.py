@@ -86,6 +86,7 @@ def _check_client(client: Client, caller: store.Caller) -> None:
 
 
 async def _exchange(form: Mapping[str, str], count: Count) -> dict[str, object]:
+    """A token that is unacceptable, for whatever reason, is `invalid_request` (RFC 8693, section 2.2.2)."""
     subject_token = form.get("subject_token")
     if not subject_token:
         raise OAuthError("invalid_request", "subject_token is missing: a token or API key of whoever pays")
@@ -97,18 +98,20 @@ async def _exchange(form: Mapping[str, str], count: Count) -> dict[str, object]:
     actor_token = form.get("actor_token")
     actor = await _read_token(actor_token) if actor_token else None
     async with store.anonymous() as tx:
-        acting = None if actor is None else await _authenticate(tx, actor, "invalid_grant")
-        caller = await _authenticate(tx, subject, "invalid_grant")  # last: it decides which organisation this is about
+        acting = None if actor is None else await _authenticate(tx, actor, "invalid_request")
+        caller = await _authenticate(
+            tx, subject, "invalid_request"
+        )  # last: it decides which organisation this is about
         await count(caller)
         chain = list(caller.actors or (caller.agent_id,))
         if acting is None or acting.agent_id == chain[-1]:
             return await _issue(tx, caller, chain[-1], chain, wanted) | {"issued_token_type": ACCESS_TOKEN}
         if not await rows.may_act(tx.conn, caller.agent_id, acting.agent_id):
             raise OAuthError(
-                "invalid_grant", "the actor is neither the subject, nor below it, nor named by its may_act"
+                "invalid_request", "the actor is neither the subject, nor below it, nor named by its may_act"
             )
         if len(chain) > DEEPEST:
-            raise OAuthError("invalid_grant", f"the delegation is {DEEPEST} deep already")
+            raise OAuthError("invalid_request", f"the delegation is {DEEPEST} deep already")
         answer = await _issue(tx, caller, acting.agent_id, [*chain, acting.agent_id], wanted)
     return answer | {"issued_token_type": ACCESS_TOKEN}
 
@@ -212,7 +215,7 @@ async def _read_claims(text: str, *, for_us: bool) -> dict[str, Any]:
     try:
         return await signing.verify(text, for_us=for_us)
     except errors.Unauthenticated:
-        raise OAuthError("invalid_grant", "a token or key is unknown, expired or revoked") from None
+        raise OAuthError("invalid_request", "a token or key is unknown, expired or revoked") from None
 
 
 async def _authenticate(tx: store.Transaction, credential: store.Credential, otherwise: str) -> store.Caller:
@@ -258,7 +261,7 @@ async def _find_meant(text: str) -> _Meant | None:
         claims = {} if is_key else await _read_claims(text, for_us=False)
         credential = store.Credential(keys.hash_key(text)) if is_key else store.Credential(jti=str(claims["jti"]))
         async with store.anonymous() as tx:
-            return _Meant(await _authenticate(tx, credential, "invalid_grant"), claims)
+            return _Meant(await _authenticate(tx, credential, "invalid_request"), claims)
     except OAuthError:
         return None
 

@@ -117,22 +117,22 @@ class Call(Generic[B, Q]):
             self.headers |= (await rates.limiter.take(caller.org_id, caller.plan)).as_headers()
 
     async def read(self) -> None:
-        """Take the request in: credential, key, query, body. What is wrong with it is only said to who may know."""
+        """Take the request in: credential, key, query, body."""
         if self.operation.form is not None:
             self.form = await _parse_form(self.request)
             return
         if not self.operation.open:
             self.credential = await read_credential(self.request)
-        try:
-            self._query = _parse_query(self.request, self.operation.query)
-            self.idempotency_key = _parse_key(self.request) if self.operation.idempotent else None
-            if self.operation.method in _WITH_BODY and not self.operation.raw:
-                self.raw, self._body = await _parse_body(self.request, self.operation.body)
-        except errors.Problem:
-            if not self.operation.open:
-                async with self.transaction():
-                    pass
-            raise
+        self._query = _parse_query(self.request, self.operation.query)
+        self.idempotency_key = _parse_key(self.request) if self.operation.idempotent else None
+        if self.operation.method in _WITH_BODY and not self.operation.raw:
+            self.raw, self._body = await _parse_body(self.request, self.operation.body)
+
+    async def admit(self) -> None:
+        """Authenticate where nothing has yet. Raises Unauthenticated, Forbidden or RateLimited."""
+        if not (self.operation.open or self._is_counted):
+            async with self.transaction():
+                pass
 
 
 class Served(Response):
@@ -230,8 +230,7 @@ class Resource:
             operation = self._choose(request, method)
             call: Call[Any, Any] = Call(request, operation, request_id)
             headers = call.headers
-            await call.read()
-            answer = await operation.handler(call)
+            answer = await _handle(call)
             response = answer if isinstance(answer, Response) else render(answer)
         except Exception as error:  # noqa: BLE001 - every error becomes a problem document; an unknown one is logged whole
             from gpubroker import problems  # noqa: PLC0415 - what goes well needs none of it
@@ -253,6 +252,18 @@ class Resource:
             msg = f"{request.url.path} takes {', '.join(allowed)}."
             raise errors.MethodNotAllowed(msg, headers={"Allow": ", ".join(allowed)})
         return self._operations[method]
+
+
+async def _handle(call: Call[Any, Any]) -> Handled:
+    """Have the operation answer. What is wrong with a request is only said to who may make it."""
+    try:
+        await call.read()
+        return cast("Handled", await call.operation.handler(call))
+    except (errors.Unauthenticated, errors.Forbidden, errors.Unavailable):
+        raise
+    except errors.Problem:
+        await call.admit()
+        raise
 
 
 def _choose_request_id(request: Request) -> str:

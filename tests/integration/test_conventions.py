@@ -68,8 +68,37 @@ async def test_what_is_misspelt_is_told_what_was_meant_by_its_public_name(world:
     ):  # fmt: skip
         (error,) = check_problem(await world.root.call("GET", path), 422, "invalid")["errors"]
         assert error["did_you_mean"] == meant
+    for body, meant in (
+        ({"scopes": ["pods:raed"]}, "pods:read"),
+        ({"budget": {"limit_usd": 1, "period": "months"}}, "month"),
+    ):
+        refused = await world.root.post("/v1/agents", {"name": "n", **body}, 422)
+        assert [error["did_you_mean"] for error in refused["errors"]] == [meant]
     refused = await world.root.post("/v1/agents", {"name": "n", "budget": {"limit_usdd": 1}}, 422)
     assert "limit_usd" in [error.get("did_you_mean") for error in refused["errors"]]
+
+
+async def test_what_is_wrong_with_a_request_is_told_to_nobody_who_may_not_make_it(world: World):
+    nobody, limited = Client("gbk_nonsense", ""), await world.root.child(scopes=[])
+    for path in ("/v1/pods?cursor=x", "/v1/usage/records?cursor=x", "/v1/offers?limit=0", "/v1/pods?cursor=x&stat=y"):
+        check_problem(await nobody.call("GET", path), 401, "unauthenticated")
+        check_problem(await limited.call("GET", path), 403, "forbidden")
+        answer = await world.root.call("GET", path)
+        check_problem(answer, 422, "invalid")
+        assert answer.headers["RateLimit"], "it was counted"
+
+
+async def test_every_422_has_errors_with_pointers_of_rfc_6901(world: World):
+    for body, pointer in (
+        ([], ""), ({}, ""), ({"command": ["a"]}, ""), ({**BODY, "env": {"A B": "x"}}, "/env/A B"),
+        ({**BODY, "labels": {"a~b/c d": "x"}}, "/labels/a~0b~1c d"), ({**BODY, "ports": [{"port": 0}]}, "/ports/0/port"),
+    ):  # fmt: skip
+        problem = check_problem(await world.root.call("POST", "/v1/pods", json=body), 422, "invalid")
+        assert pointer in [error["pointer"] for error in problem["errors"]], problem
+    key = {"Idempotency-Key": "k"}
+    await world.root.post("/v1/pods", BODY, 202, headers=key)
+    reused = await world.root.post("/v1/pods", {**BODY, "name": "n"}, 422, headers=key)
+    assert [error["pointer"] for error in reused["errors"]] == ["Idempotency-Key"]
 
 
 async def test_the_next_call_that_a_problem_names_can_be_made(world: World):

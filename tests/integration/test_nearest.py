@@ -193,9 +193,9 @@ async def test_a_quote_is_firm_for_the_disk_that_it_is_for_and_no_more(world: Wo
 async def test_a_request_for_a_quote_is_checked(world: World):
     (offer,) = world.query("SELECT id FROM offer WHERE provider_offer_id = 'h100-1'")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"duration_seconds": 60}, "/"), ({"requirements": {}}, "/duration_seconds"),
+        ({"duration_seconds": 60}, ""), ({"requirements": {}}, "/duration_seconds"),
         ({"requirements": {}, "duration_seconds": 9}, "/duration_seconds"),
-        ({"requirements": {}, "duration_seconds": 60, "offer_id": offer["id"]}, "/"),
+        ({"requirements": {}, "duration_seconds": 60, "offer_id": offer["id"]}, ""),
         ({"offer_id": "ofr_nonsense", "duration_seconds": 60}, "/offer_id"),
         ({"requirements": {"gpu": ["h1000"]}, "duration_seconds": 60}, "/requirements/gpu"),
         ({"requirements": {"gpus": ["h100"]}, "duration_seconds": 60}, "/requirements/gpus"),

@@ -118,9 +118,9 @@ async def test_a_token_request_is_checked_in_the_words_of_its_rfcs(world: World,
         (good | {"audience": "x" * 201}, 400, "invalid_target"),
         (good | {"scope": ["pods:read", "pods:read"]}, 400, "invalid_request"),
         ({"grant_type": EXCHANGE}, 400, "invalid_request"),
-        (swap | {"subject_token": "nonsense"}, 400, "invalid_grant"),
-        (swap | {"subject_token": "a.b.c"}, 400, "invalid_grant"),
-        (swap | {"actor_token": "a.b.c"}, 400, "invalid_grant"),
+        (swap | {"subject_token": "nonsense"}, 400, "invalid_request"),
+        (swap | {"subject_token": "a.b.c"}, 400, "invalid_request"),
+        (swap | {"actor_token": "a.b.c"}, 400, "invalid_request"),
         (swap | {"subject_token_type": "urn:x"}, 400, "invalid_request"),
         (swap | {"requested_token_type": "urn:ietf:params:oauth:token-type:saml2"}, 400, "invalid_request"),
         (swap | {"scope": "usage:read"}, 400, "invalid_scope"),
@@ -208,7 +208,7 @@ async def test_the_actor_is_oneself_one_below_or_one_that_is_named(world: World)
     for actor in (agent, below, await token_of(below)):
         assert (await exchange(agent, actor))["issued_token_type"] == ACCESS_TOKEN
     for actor in (stranger, world.root):
-        assert (await exchange(agent, actor, 400))["error"] == "invalid_grant"
+        assert (await exchange(agent, actor, 400))["error"] == "invalid_request"
     refused = await world.root.call("PATCH", f"/v1/agents/{agent.agent_id}", json={"may_act": [stranger.agent_id]})
     assert refused.status_code == 403
     await agent.call("PATCH", f"/v1/agents/{agent.agent_id}", json={"may_act": [stranger.agent_id]})
@@ -216,7 +216,7 @@ async def test_the_actor_is_oneself_one_below_or_one_that_is_named(world: World)
     assert claims_of(token.key)["act"] == {"sub": stranger.agent_id}
     assert (await token.get("/v1/whoami"))["delegation"] == [agent.agent_id, stranger.agent_id]
     await agent.call("PATCH", f"/v1/agents/{agent.agent_id}", json={"may_act": []})
-    assert (await exchange(agent, stranger, 400))["error"] == "invalid_grant"
+    assert (await exchange(agent, stranger, 400))["error"] == "invalid_request"
 
 
 async def test_who_acts_is_nested_and_four_deep_at_most(world: World):

@@ -103,7 +103,7 @@ class AgentChange(Input):
     metadata: Metadata | None = None
     scopes: Scopes | None = None
     expires_in: ExpiresIn | None = Field(default=None, description="Seconds from now; null: the parent's expiry.")
-    may_act: Annotated[list[Annotated[str, Field(max_length=40)]], Field(max_length=64)] | None = Field(
+    may_act: Annotated[list[Annotated[str, Field(pattern=r"^agt_[0-9a-z]{26}$")]], Field(max_length=64)] | None = Field(
         default=None, description="Agents that may act for this one; only it may name them."
     )
     grants: Annotated[list[Literal["logs", "exec"]], Field(max_length=2), AfterValidator(check_distinct)] | None = (
