@@ -370,8 +370,8 @@ class ProviderContract:
     async def test_a_listing_has_the_owners_and_no_others(self, adapter: HttpProvider, sim: Vendor) -> None:
         mine = await self.create(adapter, sim)
         await self.create(adapter, sim, make_ref("otherone"))
-        stranger = await self.create(adapter, sim)
-        self.rename(stranger, "somebody's own machine")
+        for name in ("somebody's own machine", ""):
+            self.rename(await self.create(adapter, sim), name)
         assert [instance.id for instance in await adapter.list_managed(OWNER)] == [mine.id]
 
     def rename(self, machine: Machine, name: str) -> None:

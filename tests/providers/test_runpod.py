@@ -4,7 +4,7 @@ import pytest
 from tests.providers.contract import OWNER, ProviderContract, make_ref
 from tests.providers.vendors import described
 from tests.providers.vendors.runpod import RunpodVendor
-from tests.providers.vendors.server import Fault, Vendor
+from tests.providers.vendors.server import Answer, Fault, Vendor
 
 from gpubroker.errors import Rejected
 from gpubroker.providers.base import Port
@@ -42,6 +42,18 @@ class TestRunpod(ProviderContract):
         machine = await self.create(adapter, sim)
         assert machine.asked["env"]["PUBLIC_KEY"] == ""
         assert "startSsh" not in machine.asked
+
+    async def test_a_create_that_tells_its_id_alone_made_it(self, adapter: HttpProvider, sim: Vendor) -> None:
+        sim.plan("create", Fault(answer=Answer(201, {"id": "7h9k2m4n6p", "status": None})))
+        made = await adapter.create(self.spec(adapter), await self.offer(adapter), make_ref())
+        assert (made.id, made.instance) == ("7h9k2m4n6p", None)
+
+    async def test_ports_that_are_not_mapped_yet_hide_no_others(self, adapter: HttpProvider, sim: Vendor) -> None:
+        machine = await self.create(adapter, sim, ssh_public_key="ssh-ed25519 AAAA me")
+        for ports in (None, [{"private": 9000}], [{"private": 9000, "type": "tcp", "ip": None, "public": None}]):
+            sim.extras = {"runtime": {"uptime": 1, "ports": ports}}
+            seen = await adapter.get(machine.id)
+            assert [endpoint.name for endpoint in seen.endpoints] == ["http-8000", "ssh"]
 
     async def test_a_barred_pool_is_no_dead_credential(self, adapter: HttpProvider, sim: Vendor) -> None:
         offer = await self.offer(adapter)

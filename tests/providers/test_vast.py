@@ -52,11 +52,13 @@ class TestVast(ProviderContract):
         assert (one.price_micro_h, one.stopped_micro_h, one.disk_micro_gb_h) == (404_000, 4000, 200)
         bid = offers["30000001", True]
         assert (bid.price_micro_h, bid.stopped_micro_h) == (211_111 + 4000, 4000)
+        untold = offers["30000002", False]
+        assert (untold.vcpus, untold.ram_gb) == (8.0, 0.0)
         closed = offers["30000003", False]
         assert (closed.region, closed.country, closed.supports & {"ports", "ssh"}) == ("US", "US", frozenset())
 
     async def test_as_many_offers_as_can_be_asked_for_may_be_a_part(self, adapter: HttpProvider, sim: Vendor) -> None:
-        sim.plan("offers", Fault(answer=Answer(200, {"offers": [{}] * 10_000})))
+        sim.plan("offers", Fault(answer=Answer(200, {"offers": [{}] * 50_000})))
         with pytest.raises(ProviderError, match="incomplete"):
             await adapter.list_offers()
 
@@ -187,11 +189,24 @@ class TestVast(ProviderContract):
 
     async def test_an_answer_without_the_instance_is_no_end(self, adapter: HttpProvider, sim: Vendor) -> None:
         machine = await self.create(adapter, sim)
-        sim.plan("get", Fault(answer=Answer(200, {})), Fault(answer=Answer(404, {"msg": "no"})))
-        with pytest.raises(ProviderError, match="unreadable"):
-            await adapter.get(machine.id)
-        with pytest.raises(InstanceNotFound):
-            await adapter.get(machine.id)
+        sim.plan("get", Fault(answer=Answer(200, {})), Fault(answer=sim.refusal(400, "too many arguments")))
+        for code in ("unreadable", "http_400"):
+            with pytest.raises(ProviderError, match=code):
+                await adapter.get(machine.id)
+        sim.plan("get", Fault(answer=Answer(404, {"msg": "no"})), Fault(answer=sim.refusal(400, "Invalid instance ID")))
+        for _ in range(2):
+            with pytest.raises(InstanceNotFound):
+                await adapter.get(machine.id)
+
+    @pytest.mark.parametrize("status", [None, "loading", "exited", "stopped", "offline"])
+    async def test_what_was_stopped_before_it_ran_has_stopped(
+        self, adapter: HttpProvider, sim: Vendor, status: str | None
+    ) -> None:
+        machine = await self.create(adapter, sim)
+        await adapter.stop(machine.id)
+        sim.extras = {"actual_status": status}
+        seen = await adapter.get(machine.id)
+        assert (seen.life, seen.billing) == (("unknown",) * 2 if status == "offline" else ("stopped", "storage"))
 
     async def test_ssh_through_the_proxy_where_there_is_no_port(self, adapter: HttpProvider, sim: Vendor) -> None:
         machine = await self.create(adapter, sim)

@@ -116,5 +116,5 @@ def test_a_log_is_cut_by_bytes_and_times() -> None:
     assert cut_log(lines, 0, noon + timedelta(minutes=1), 100).starts_at == 7
     assert cut_log(lines, None, None, 7).data == b"line 2\n"
     assert cut_log(lines, 99, None, 7) == cut_log(lines, 21, None, 7)
-    events = b'id: 1\ndata: {"line": "a"}\n\n: alive\n\ndata: nothing\n\ndata: {"line": "b'
-    assert [event.text("line") for event in event_data(events)] == ["a"]
+    events = 'id: 1\ndata: {"line": "a\u2028data: "}\n\n: alive\n\ndata: nothing\n\ndata:{"line": "b"}\r\nid: 3\ndata: {"line": "c'
+    assert [event.text("line") for event in event_data(events.encode())] == ["a\u2028data: ", "b"]

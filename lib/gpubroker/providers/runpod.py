@@ -136,23 +136,13 @@ def _offers(gpu: Document, cloud: str, count: int) -> Iterator[ProviderOffer]:
     for centre in centres or [gpu]:
         region = centre.text("id") if centres else "any"
         yield ProviderOffer(
-            provider_offer_id=f"{cloud}/{count}x/{gpu.text('id')}",
-            gpu=gpu.text("id"),
-            gpu_count=count,
-            vcpus=0,  # the catalogue says neither
-            ram_gb=0,
-            disk_gb=2000,
-            disk_base_gb=_DISK_GB,
-            disk_micro_gb_h=_GB_MICRO_H,
-            stopped_disk_micro_gb_h=2 * _GB_MICRO_H,
-            region=region,
-            country=_country(region),
-            price_micro_h=price.usd(cloud) * count + 2 * _DISK_GB * _GB_MICRO_H,
-            stopped_micro_h=2 * _DISK_GB * _GB_MICRO_H,
-            supports=_SUPPORTS,
+            provider_offer_id=f"{cloud}/{count}x/{gpu.text('id')}", gpu=gpu.text("id"), gpu_count=count,
+            vram_gb=gpu.whole("memory"), vcpus=0, ram_gb=0,  # the catalogue says neither of these two
+            disk_gb=2000, disk_base_gb=_DISK_GB, disk_micro_gb_h=_GB_MICRO_H, stopped_disk_micro_gb_h=2 * _GB_MICRO_H,
+            price_micro_h=price.usd(cloud) * count + 2 * _DISK_GB * _GB_MICRO_H, stopped_micro_h=2 * _DISK_GB * _GB_MICRO_H,
+            region=region, country=_country(region), supports=_SUPPORTS,
             availability=_LEVELS.get(str(centre.values.get("availability")), "none"),
-            vram_gb=gpu.whole("memory"),
-        )
+        )  # fmt: skip
 
 
 def _country(region: str) -> str | None:
@@ -199,11 +189,16 @@ def _read_one(answer: Answer) -> Instance:
 
 
 def _read_list(answer: Answer) -> list[Instance]:
-    return [_instance(pod) for pod in answer.document().children("pods") if find_ref(pod.text("name"))]
+    return [_instance(pod) for pod in answer.document().children("pods") if find_ref(str(pod.get("name")))]
 
 
 def _read_created(answer: Answer) -> base.Created:
-    return base.Created((made := _read_one(answer)).id, made)
+    """Its id is all that is needed: what cannot be read of the rest is looked at later."""
+    pod = answer.document()
+    try:
+        return base.Created(pod.text("id"), _instance(pod))
+    except ProviderError:
+        return base.Created(pod.text("id"))
 
 
 def _instance(pod: Document) -> Instance:
@@ -211,7 +206,7 @@ def _instance(pod: Document) -> Instance:
     life: base.Life = _LIVES.get(status, "unknown")
     return Instance(
         id=pod.text("id"),
-        ref=find_ref(pod.text("name")),
+        ref=find_ref(str(pod.get("name"))),
         status=status,
         life=life,
         billing=_billing(pod, life),
@@ -231,19 +226,24 @@ def _billing(pod: Document, life: base.Life) -> base.Billing:
 
 
 def _endpoints(pod: Document) -> Iterator[Endpoint]:
-    ssh = pod.find("ssh", "direct")
-    runtime = pod.find("runtime")
-    for port in runtime.children("ports") if runtime is not None and runtime.has("ports") else ():
-        private, protocol = port.whole("private", most=65535), port.text("type")
+    """A `http` port is behind RunPod's proxy, another where `runtime` maps it, once it does; `ssh.direct` tells of sshd's."""
+    runtime, ssh = pod.find("runtime"), pod.find("ssh", "direct")
+    live = runtime.children("ports") if runtime is not None and runtime.has("ports") else []
+    doors = {f"{door.values.get('private')}/{door.values.get('type')}": door for door in live}
+    for asked in pod.texts("ports") if pod.has("ports") else ():
+        inside, _, protocol = asked.partition("/")
+        door = doors.get(asked, pod)
+        if not inside.isdecimal():
+            continue
         if protocol == "http":
-            host = f"{pod.text('id')}-{private}.proxy.runpod.net"
-            yield Endpoint(f"http-{private}", private, "http", host, 443, f"https://{host}")
-        elif port.has("ip") and port.has("public"):
-            host, public = port.text("ip"), port.whole("public", least=1, most=65535)
-            if ssh is not None and ssh.whole("port") == public:
-                yield Endpoint("ssh", private, protocol, host, public, command=ssh.text("command"))
-            else:
-                yield Endpoint(f"{protocol}-{private}", private, protocol, host, public)
+            host = f"{pod.text('id')}-{inside}.proxy.runpod.net"
+            yield Endpoint(f"http-{inside}", int(inside), "http", host, 443, f"https://{host}")
+        elif asked == "22/tcp" and ssh is not None:
+            outside = ssh.whole("port", least=1, most=65535)
+            yield Endpoint("ssh", 22, "tcp", ssh.text("host"), outside, command=ssh.text("command"))
+        elif door.has("ip") and door.has("public"):
+            outside = door.whole("public", least=1, most=65535)
+            yield Endpoint(f"{protocol}-{inside}", int(inside), protocol, door.text("ip"), outside)
 
 
 def _line(said: Document) -> tuple[datetime | None, bytes]:

@@ -19,8 +19,7 @@ from gpubroker.providers.http.images import registry
 from gpubroker.providers.http.reading import cut_log, read_pages, segment
 
 _SUPPORTS: Final = frozenset[base.Support]({"command", "image", "ports", "exec", "logs", "stop", "ssh"})
-_DISK_GB: Final = 20  # offers are priced with it, and it is the least that is rented
-_MOST_OFFERS: Final = 10_000
+_DISK_GB, _MOST_OFFERS = 20, 50_000  # offers are priced with this disk, and it is the least that is rented
 _LIVES: Final[Mapping[str, tuple[base.Life, base.Billing]]] = {
     "null": ("starting", "storage"), "loading": ("starting", "storage"), "running": ("running", "full"),
     "rebooting": ("starting", "full"), "recycling": ("starting", "full"), "stopped": ("stopped", "storage"),
@@ -32,7 +31,7 @@ _REFUSALS: Final[Mapping[tuple[str, int, str], str]] = {
     ("create", 410, "no_such_ask"): "no_capacity", ("act", 400, "invalid_args"): "invalid_args",
 }  # fmt: skip
 _RESULT_HOSTS: Final = ("s3.amazonaws.com",)
-_LONGEST_COMMAND, _LONGEST_ONSTART, _STREAM_BYTES, _TOO_MANY = 512, 4048, 1024 * 1024, 429
+_LONGEST_COMMAND, _LONGEST_ONSTART, _STREAM_BYTES, _BAD, _TOO_MANY = 512, 4048, 1024 * 1024, 400, 429
 
 
 class Vast(HttpProvider):
@@ -51,12 +50,12 @@ class Vast(HttpProvider):
     def judge(cls, kind: Kind, answer: Answer) -> errors.ProviderError | None:
         """429 is often plain text; 403 and 404 may be about an offer; an error may carry the contract that was made."""
         status, detail, contract = answer.status, answer.detail(), answer.find("new_contract")
-        if kind == "create" and type(contract) is int:
+        if kind == "create" and str(contract).isdecimal():
             return errors.AmbiguousOutcome("error_with_contract", detail, maybe_id=str(contract))
         if status == _TOO_MANY:
             wait = until_midnight() if "search_quota_exceeded" in detail else answer.wait_seconds(otherwise=1.0)
             return errors.Throttled("throttled", detail, wait=wait)
-        if (kind, status) == ("act", 400) and "invalid instance" in detail.lower():
+        if kind in {"act", "read"} and status == _BAD and "invalid instance" in detail.lower():
             return errors.InstanceNotFound("not_found", detail)
         if (kind, status) == ("offers", 404) and answer.find("msg"):
             return errors.CredentialRefused("credential_refused", detail)
@@ -65,12 +64,12 @@ class Vast(HttpProvider):
 
     async def list_offers(self) -> Sequence[ProviderOffer]:
         """Every verified machine that is free, each with its bid where there is one: one search, as searches are counted."""
-        only = {"verified": {"eq": True}, "external": {"eq": False}, "rentable": {"eq": True}, "rented": {"eq": False}}
+        only = {"verified": {"eq": True}, "rentable": {"eq": True}, "rented": {"eq": False}}
         body = {"type": "ondemand", **only, "allocated_storage": _DISK_GB, "limit": _MOST_OFFERS}
         said = await self.http.call("offers", "POST", "/api/v0/bundles/", body=body, read=Answer.document)
         if len(machines := said.children("offers")) >= _MOST_OFFERS:
             raise errors.ProviderError("incomplete", f"there are {_MOST_OFFERS} offers or more")
-        return [offer for one in machines if one.number("disk_space") >= _DISK_GB for offer in _offers(one)]
+        return [offer for one in machines if one.values.get("external") is not True for offer in _offers(one)]
 
     async def create(self, spec: base.Spec, offer: ProviderOffer, ref: str) -> base.Created:
         """Accept the offer; the new contract's label is the reference."""
@@ -93,7 +92,7 @@ class Vast(HttpProvider):
             query = {"limit": "25", "select_filters": json.dumps(filters)} | ({"after_token": token} if token else {})
             page = await self.http.call("read", "GET", "/api/v1/instances/", query=query, read=Answer.document)
             totals.append(page.whole("total_instances") if page.has("total_instances") else 0)
-            return page.children("instances"), page.words("next_token")
+            return page.children("instances"), str(page.values.get("next_token") or "") or None
 
         found = await read_pages(read_page)
         if len(found) < min(totals):
@@ -101,7 +100,7 @@ class Vast(HttpProvider):
         return [_instance(instance) for instance in found if find_ref(instance.words("label"))]
 
     async def get(self, instance_id: str) -> Instance:
-        """One instance now; of one that is not there the answer is null, or 404."""
+        """One instance now; of one that is not there the answer is null, 400 or 404."""
         said = await self.http.call("read", "GET", _path(instance_id), instance_id=instance_id, read=Answer.document)
         if said.values.get("instances", ...) is None:
             raise errors.InstanceNotFound("not_found", instance_id)
@@ -133,8 +132,7 @@ class Vast(HttpProvider):
         """The last 100,000 lines; positions count from the first of them. Lines have no times: `since` leaves none out."""
         path, body = _path(instance_id, "request_logs/"), {"tail": "100000"}
         said = await self.http.call("read", "PUT", path, body=body, instance_id=instance_id, read=Answer.document)
-        text = await self.http.await_result(said.text("result_url"), _RESULT_HOSTS, 12.0)
-        if text is None:
+        if (text := await self.http.await_result(said.text("result_url"), _RESULT_HOSTS, 12.0)) is None:
             raise errors.ProviderError("not_ready", "the log was not there in time")
         return cut_log([(None, text)], after, since, limit)
 
@@ -144,15 +142,13 @@ class Vast(HttpProvider):
         """Run one of the few commands that Vast.ai lets run. It tells what they said in one stream, and no exit code."""
         line, path, began = shlex.join(command), _path(instance_id, "command/"), time.monotonic()
         if stdin is not None or len(line) > _LONGEST_COMMAND:
-            raise errors.CannotDo(
-                self.name, f"commands at Vast.ai have no input and {_LONGEST_COMMAND} characters at most"
-            )
+            raise errors.CannotDo(self.name, f"commands have no input and {_LONGEST_COMMAND} characters at most")
         try:
             said = await self.act("PUT", path, instance_id, Answer.document, body={"command": line}, manner="once")
         except errors.Rejected as rejected:
-            if rejected.code == "invalid_args":
-                raise errors.CannotDo(self.name, rejected.detail) from None
-            raise
+            raise (
+                errors.CannotDo(self.name, rejected.detail) if rejected.code == "invalid_args" else rejected
+            ) from None
         text = await self.http.await_result(said.text("result_url"), _RESULT_HOSTS, timeout_seconds) or b""
         ms = round((time.monotonic() - began) * 1000)
         return base.ExecResult(None, text[:_STREAM_BYTES], b"", len(text) > _STREAM_BYTES, ms)
@@ -164,23 +160,25 @@ def _path(instance_id: str, action: str = "") -> str:
 
 def _offers(machine: Document) -> Iterator[ProviderOffer]:
     count, gb_micro_h = machine.whole("num_gpus"), round(machine.usd("storage_cost") / 720)  # hours of its month
+    if (disk_gb := int(machine.number("disk_space"))) < _DISK_GB:
+        return
     region = (machine.words("geolocation") or "").strip(" ,") or "unknown"
     country = region.rpartition(",")[2].strip()
-    cores, vcpus = (machine.number(key) if machine.has(key) else 0.0 for key in ("cpu_cores", "cpu_cores_effective"))
+    ram_mb, cores, vcpus = (machine.estimate(key) for key in ("cpu_ram", "cpu_cores", "cpu_cores_effective"))
     share = vcpus / cores if 0 < vcpus < cores else 1.0  # of the host, whose RAM is told whole
-    is_closed = machine.has("direct_port_count") and not machine.whole("direct_port_count")
+    is_closed = machine.has("direct_port_count") and not machine.estimate("direct_port_count")
     prices = {False: machine.usd("dph_total")}
     if machine.has("min_bid") and machine.usd("min_bid"):
         prices[True] = max(1000, machine.usd("min_bid")) + _DISK_GB * gb_micro_h
     for spot, price in prices.items():
         yield ProviderOffer(
             provider_offer_id=str(machine.whole("id")), gpu=machine.text("gpu_name") if count else None, gpu_count=count,
-            vcpus=vcpus or cores, ram_gb=round(machine.number("cpu_ram") * share / 1000, 1), price_micro_h=price, spot=spot,
-            disk_gb=int(machine.number("disk_space")), disk_base_gb=_DISK_GB, disk_micro_gb_h=gb_micro_h,
-            stopped_micro_h=_DISK_GB * gb_micro_h, stopped_disk_micro_gb_h=gb_micro_h, availability="low",
+            vcpus=vcpus or cores, ram_gb=round(ram_mb * share / 1000, 1), price_micro_h=price, spot=spot,
+            disk_gb=disk_gb, disk_base_gb=_DISK_GB, disk_micro_gb_h=gb_micro_h, stopped_disk_micro_gb_h=gb_micro_h,
+            stopped_micro_h=_DISK_GB * gb_micro_h, availability="low",
             region=region, country=country if re.fullmatch("[A-Z]{2}", country) else None,
             supports=_SUPPORTS - {"ports", "ssh"} if is_closed else _SUPPORTS,
-            vram_gb=round(machine.number("gpu_ram") / 1024) if count else None,
+            vram_gb=round(machine.estimate("gpu_ram") / 1024) or None if count else None,
             reliability=machine.number("reliability2", most=1) if machine.has("reliability2") else None,
         )  # fmt: skip
 
@@ -224,8 +222,10 @@ def _instance(instance: Document) -> Instance:
     status = instance.words("actual_status") or "null"
     life, billing = _LIVES.get(status, ("unknown", "unknown"))
     now, wanted, then = (instance.values.get(key) for key in ("cur_state", "intended_status", "next_state"))
-    if instance.values.get("is_bid") is True and (now, wanted, then) == ("stopped",) * 3:
+    if (now, wanted, then) == ("stopped",) * 3 and instance.values.get("is_bid") is True:
         life, billing = "interrupted", "storage"
+    elif (now, wanted) == ("stopped", "stopped") and life == "starting":  # it never came to run
+        life, billing = "stopped", "storage"
     elif life == now == "stopped":
         life, billing = "starting" if wanted == "running" else "stopped", "storage"
     return Instance(

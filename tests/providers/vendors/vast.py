@@ -20,11 +20,13 @@ OFFERS: dict[str, dict[str, Any]] = {
     "30000001": {"gpu_name": "RTX 4090", "num_gpus": 1, "gpu_ram": 24564, "dph_base": 0.4, "storage_cost": 0.144,
                  "geolocation": "California, US", "min_bid": 0.211111, "disk_space": 841.5},
     "30000002": {"gpu_name": "H100 SXM", "num_gpus": 8, "gpu_ram": 81559, "dph_base": 17.066667, "storage_cost": 0.216,
-                 "geolocation": "Sweden, SE", "min_bid": 9.5, "disk_space": 20000.0},
+                 "geolocation": "Sweden, SE", "min_bid": 9.5, "disk_space": 20000.0, "cpu_cores": None, "cpu_ram": None},
     "30000003": {"gpu_name": "Q RTX 8000", "num_gpus": 2, "gpu_ram": 46080, "dph_base": 0.6, "storage_cost": 0.072,
-                 "geolocation": ", US", "min_bid": None, "disk_space": 64.0, "direct_port_count": 0},
+                 "geolocation": ", US", "min_bid": None, "disk_space": 64.0, "direct_port_count": -1},
     "30000004": {"gpu_name": "RTX 3090", "num_gpus": 1, "gpu_ram": 24576, "dph_base": 0.1, "storage_cost": 0.072,
                  "geolocation": None, "min_bid": 0.05, "disk_space": 8.0},
+    "30000005": {"gpu_name": "RTX 3090", "num_gpus": 1, "gpu_ram": 24576, "dph_base": 0.1, "storage_cost": 0.072,
+                 "geolocation": "Utah, US", "min_bid": 0.05, "disk_space": 99.0, "external": True},
 }  # fmt: skip
 _STATUS = {"starting": "loading", "running": "running", "stopped": "stopped", "failed": "exited"}
 _PAGE = 25
@@ -143,7 +145,7 @@ class VastVendor(Vendor):
             "id": int(number), "ask_contract_id": int(number), "cpu_cores": 64, "cpu_cores_effective": 8.0, "cpu_ram": 257000,
             "cpu_arch": "amd64", "dph_total": base_h + disk_h, "direct_port_count": 42, "rentable": True, "rented": False,
             "is_bid": False, "reliability2": 0.9986, "storage_total_cost": disk_h, "verification": "verified",
-            "gpu_frac": 0.125, **about, "dph_base": base_h,
+            "gpu_frac": 0.125, "external": None, **about, "dph_base": base_h,
         } | self.extras  # fmt: skip
 
     @serves("PUT", "/api/v0/asks/{ask}/", "create")

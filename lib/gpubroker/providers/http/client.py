@@ -86,7 +86,7 @@ class Client:
         """The longest that a whole call lasts, tries and pauses included."""
         self.read_seconds = 20.0
         """The longest silence while an answer is on its way; of a create, the whole call's time is."""
-        self.largest_answer = 32 * 1024 * 1024
+        self.largest_answer = 64 * 1024 * 1024
         """Bytes; one that is larger is not read on."""
         self.pause_seconds = 0.25
         """The first pause between two tries, about."""

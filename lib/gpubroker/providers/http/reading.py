@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 _MOST_PAGES: Final = 1000
 _LONGEST_NUMBER: Final = 40
+_EVENT_LINE: Final = re.compile(r"(?:^|(?<=[\r\n]))data:([^\r\n]*)")
 _SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -119,6 +120,10 @@ class Document:
             self._fail(key, f"is no number from {least} to {most}")
         return float(value)
 
+    def estimate(self, key: str) -> float:
+        """A number that nothing is decided by: 0 where it is missing or null, and for -1."""
+        return max(0.0, self.number(key, least=-1)) if self.has(key) else 0.0
+
     def flag(self, key: str) -> bool:
         """A boolean."""
         value = self.get(key)
@@ -204,11 +209,13 @@ def segment(instance_id: str) -> str:
 
 
 def event_data(stream: bytes) -> Iterator[Document]:
-    """The JSON objects of server-sent events. An event that was cut off, or is none, is left out."""
-    for event in stream.decode(errors="replace").replace("\r\n", "\n").split("\n\n")[:-1]:
-        data = "\n".join(line[5:].removeprefix(" ") for line in event.split("\n") if line.startswith("data:"))
+    """The JSON objects of server-sent events, each on a line of its own: a blank line between two, or at the end, may be missing.
+
+    What was cut off, or is no object, is left out.
+    """
+    for line in _EVENT_LINE.findall(stream.decode(errors="replace")):
         with suppress(ProviderError):
-            yield Document.of(parse_json(data.encode()), "an event")
+            yield Document.of(parse_json(line.encode()), "an event")
 
 
 def cut_log(
