@@ -6,7 +6,7 @@ For operators who have a key, before agents depend on it. Nothing of the broker'
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, TypeVar
@@ -75,11 +75,11 @@ class Trial:
         async with self._destroyed(ref):
             created = await self._step("create", lambda: self.provider.create(self._spec(), offer, ref))
             if created is not None and await self._step("run", lambda: self._await_life(created.id, "running")):
-                await self._use(created.id)
+                await self._use(created.id, offer.supports)
         return self.steps
 
-    async def _use(self, instance_id: str) -> None:
-        provider, supports = self.provider, self.provider.capabilities.supports
+    async def _use(self, instance_id: str, supports: Collection[Support]) -> None:
+        provider = self.provider
         if "logs" in supports:
             await self._step("read its log", lambda: provider.logs(instance_id, after=None, since=None, limit=4096))
         if "exec" in supports:
@@ -131,7 +131,7 @@ class Trial:
         has = self.provider.capabilities.supports
         return Spec(
             pod_id="pod_trial",
-            command=_COMMAND if "command" in has else (),
+            command=_COMMAND,
             image=_IMAGE if "image" in has else None,
             env={},
             ports=(),
@@ -170,14 +170,20 @@ def _reckon(offer: ProviderOffer) -> int:
 
 async def check(provider: Provider, owner: str) -> Standing:
     """Ask a provider for everything that costs nothing: its account, its offers, what of ours runs there."""
-    lacks = tuple(support for support in EVERYTHING if support not in provider.capabilities.supports)
+    lacks = _find_lacks(provider.capabilities.supports)
     try:
         account = await asyncio.wait_for(provider.account(), provider.capabilities.call_limit_seconds)
-        offers = [o for o in await provider.list_offers() if o.availability != "none"]
+        listed = await provider.list_offers()
+        offers = [o for o in listed if o.availability != "none"]
         instances = await provider.list_managed(owner)
     except (errors.ProviderError, TimeoutError, OSError) as error:
         return Standing(provider.name, lacks=lacks, clock_seconds=provider.read_clock(), error=errors.describe(error))
+    lacks = _find_lacks({support for offer in listed for support in offer.supports}) if listed else lacks
     return Standing(
         provider.name, account, len(offers), len({o.gpu for o in offers if o.gpu}), len(instances),
         provider.read_clock(), lacks,
     )  # fmt: skip
+
+
+def _find_lacks(supports: Collection[Support]) -> tuple[str, ...]:
+    return tuple(support for support in EVERYTHING if support not in supports)

@@ -8,42 +8,54 @@ import re
 
 import pytest
 from tests.documents import HOME
-from tests.providers.contract import ProviderContract
+from tests.providers.common import ProviderContract
+from tests.providers.contract import HttpProviderContract
 from tests.providers.vendors.server import Vendor
 
 from gpubroker.providers import registry
+from gpubroker.providers.http.adapter import HttpProvider
 
-WITHOUT_HTTP = {
-    "local": "its pods are this machine's processes: tests/providers/test_local.py",
-    "kubernetes": "its truth is a real API server: tests/cluster",
-}
-VENDORS = [name for name in registry.names() if name not in WITHOUT_HTTP]
+ELSEWHERE = {"kubernetes": "tests.cluster.test_contract"}
+"""Whose truth is a real cluster's passes the contract there."""
+VENDORS = [name for name in registry.names() if issubclass(registry.adapter(name), HttpProvider)]
+LEAST_CHECKS = 60
+
+
+def contract_of(name: str) -> type[ProviderContract]:
+    """The one class of contract in the tests of a provider."""
+    module = importlib.import_module(ELSEWHERE.get(name, f"tests.providers.test_{name}"))
+    (only,) = [
+        member
+        for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, ProviderContract) and member.__module__ == module.__name__
+    ]
+    return only
 
 
 def test_there_are_vendors() -> None:
     assert "runpod" in VENDORS
-    assert set(WITHOUT_HTTP) <= set(registry.names())
+    assert set(registry.names()) - set(VENDORS) == {"kubernetes", "local"}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_provider_passes_the_contract(name: str) -> None:
+    assert contract_of(name).provider() is registry.adapter(name)
+    assert registry.adapter(name).name == name
 
 
 @pytest.mark.parametrize("name", VENDORS)
-def test_a_vendor_has_a_simulator_and_passes_the_contract(name: str) -> None:
+def test_a_vendor_has_a_simulator_and_more_than_sixty_checks(name: str) -> None:
     module = importlib.import_module(f"tests.providers.vendors.{name}{'_' if keyword.iskeyword(name) else ''}")
-    simulators = [
+    (simulator,) = [
         member
         for member in vars(module).values()
         if isinstance(member, type) and issubclass(member, Vendor) and member is not Vendor
     ]
-    assert [simulator.provider.name for simulator in simulators] == [name]
-    tests = importlib.import_module(f"tests.providers.test_{name}")
-    contracts = [
-        member
-        for member in vars(tests).values()
-        if isinstance(member, type) and issubclass(member, ProviderContract) and member is not ProviderContract
-    ]
-    assert [contract.vendor for contract in contracts] == simulators
-    provider = registry.adapter(name)
-    assert provider.name == name
-    assert set(simulators[0].variables) == set(provider.credentials)
+    contract = contract_of(name)
+    assert issubclass(contract, HttpProviderContract)
+    assert contract.vendor is simulator
+    assert set(simulator.variables) == set(simulator.provider.credentials)
+    assert contract.count_checks() >= LEAST_CHECKS
 
 
 @pytest.mark.parametrize("name", registry.names())

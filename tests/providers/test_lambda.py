@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from tests.providers.contract import OWNER, ProviderContract, make_ref
+from tests.providers.contract import OWNER, HttpProviderContract, make_ref
 from tests.providers.vendors import described, server
 from tests.providers.vendors.lambda_ import LambdaVendor
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
@@ -17,7 +17,7 @@ from gpubroker.providers.http.adapter import HttpProvider
 KEY_NAME = f"gpubroker-{OWNER}"
 
 
-class TestLambda(ProviderContract):
+class TestLambda(HttpProviderContract):
     vendor = LambdaVendor
     path = "/api/v1"
 

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.providers.common import ProviderContract
 
 from gpubroker import config
 from gpubroker.errors import InstanceNotFound, ProviderError, Rejected, SetupError
 from gpubroker.ids import base36
 from gpubroker.machine import capacity, control, journal, processes, record, rental
+from gpubroker.providers import base
 from gpubroker.providers.base import Instance, Port, ProviderOffer, Spec
 from gpubroker.providers.local import Local
 
@@ -147,6 +149,18 @@ def rent(tmp_path: Path) -> Iterator[Rent]:
     made = Rent(tmp_path / "data")
     yield made
     made.end_everything()
+
+
+class TestLocal(ProviderContract):
+    disk_gb = 0
+
+    @classmethod
+    def provider(cls) -> type[base.Provider]:
+        return Local
+
+    @pytest.fixture
+    def adapter(self, rent: Rent) -> base.Provider:
+        return rent.local
 
 
 def test_offers_are_slices_doubled_up_to_the_machine(rent: Rent) -> None:

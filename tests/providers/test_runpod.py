@@ -1,7 +1,7 @@
 """RunPod: the contract, and what is RunPod's alone."""
 
 import pytest
-from tests.providers.contract import OWNER, ProviderContract, make_ref
+from tests.providers.contract import OWNER, HttpProviderContract, make_ref
 from tests.providers.vendors import described
 from tests.providers.vendors.runpod import RunpodVendor
 from tests.providers.vendors.server import Answer, Fault, Vendor
@@ -11,7 +11,7 @@ from gpubroker.providers.base import Port
 from gpubroker.providers.http.adapter import HttpProvider
 
 
-class TestRunpod(ProviderContract):
+class TestRunpod(HttpProviderContract):
     vendor = RunpodVendor
 
     async def test_both_clouds_are_offered_and_what_is_asked_for_is_rented(

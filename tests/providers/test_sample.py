@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 from tests.factories import World
-from tests.providers.contract import ProviderContract
+from tests.providers.contract import HttpProviderContract
 from tests.providers.vendors import server
 from tests.providers.vendors.server import Answer, Machine, Request, Vendor, serves
 
@@ -137,7 +137,7 @@ class OutpostVendor(Vendor):
         } | self.extras
 
 
-class TestOutpost(ProviderContract):
+class TestOutpost(HttpProviderContract):
     vendor = OutpostVendor
     path = "/v1"
 

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from tests.providers.contract import OWNER, ProviderContract, make_ref
+from tests.providers.contract import OWNER, HttpProviderContract, make_ref
 from tests.providers.vendors import described
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 from tests.providers.vendors.shadeform import ShadeformVendor
@@ -17,7 +17,7 @@ from gpubroker.providers.http.adapter import HttpProvider
 MINE = "ssh-ed25519 AAAA me"
 
 
-class TestShadeform(ProviderContract):
+class TestShadeform(HttpProviderContract):
     vendor = ShadeformVendor
     path = "/v1"
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 from tests.factories import World
-from tests.providers.contract import ProviderContract, make_ref
+from tests.providers.contract import HttpProviderContract, make_ref
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 from tests.providers.vendors.vast import VastVendor
 
@@ -23,7 +23,7 @@ from gpubroker.providers.base import Port, ProviderOffer
 from gpubroker.providers.http.adapter import HttpProvider
 
 
-class TestVast(ProviderContract):
+class TestVast(HttpProviderContract):
     vendor = VastVendor
 
     def rename(self, machine: Machine, name: str) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.providers.contract import ENV, ProviderContract, make_ref
+from tests.providers.contract import ENV, HttpProviderContract, make_ref
 from tests.providers.vendors import server
 from tests.providers.vendors.server import Answer, Fault, Machine, Vendor
 from tests.providers.vendors.verda import CLIENT, GB_MONTH, SECRET, VerdaVendor
@@ -17,7 +17,7 @@ from gpubroker.providers.http.oauth import ClientCredentials
 GB_HOUR = round(GB_MONTH * 1_000_000 / 730)
 
 
-class TestVerda(ProviderContract):
+class TestVerda(HttpProviderContract):
     vendor = VerdaVendor
 
     def copy(self, sim: Vendor, machine: Machine, ref: str) -> Machine:

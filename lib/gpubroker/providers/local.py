@@ -148,6 +148,8 @@ class Local(Provider):
 
     async def start(self, instance_id: str) -> None:
         """Start what is stopped, when its share of the machine is free: else Rejected `no_capacity`."""
+        if await _on_disk(folder.place, self.pods, instance_id) is None:
+            raise InstanceNotFound("not_found", instance_id)
 
         async def attempt() -> None:
             machine = await _on_disk(rental.look, self.terms, self.pods)
