@@ -5,6 +5,7 @@ away, one that it is back.
 """
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import time
@@ -29,6 +30,7 @@ class Cache:
     def __init__(self) -> None:
         self._redis: Redis | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._dropping: set[asyncio.Task[None]] = set()
         self._retry_at = 0.0
         self._is_away = False
 
@@ -73,6 +75,10 @@ class Cache:
         """Know that it did not answer."""
         if not self._is_away:
             log.warning("Redis is away (%s): limits hold per process until it is back", type(error).__name__)
+        if self._redis is not None:
+            task = asyncio.get_running_loop().create_task(_drop(self._redis))
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
         self._is_away, self._redis = True, None
         self._retry_at = time.monotonic() + _RETRY_SECONDS
 
@@ -84,6 +90,13 @@ class Cache:
         self._is_away, self._retry_at = False, 0.0
         if client is not None:
             await client.aclose()
+        await asyncio.gather(*self._dropping)
+
+
+async def _drop(client: "Redis") -> None:
+    """Close connections that did not answer, those in use too."""
+    with contextlib.suppress(Exception):
+        await client.aclose()
 
 
 shared: Final = Cache()
