@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from gpubroker import account_commands, agent_commands, config, provider_commands
+from gpubroker import __version__, account_commands, agent_commands, config, provider_commands
 from gpubroker.errors import SetupError
 from gpubroker.money import format_usd
 from gpubroker.options import AsJson, Period, read_usd
@@ -27,6 +27,23 @@ app.add_typer(account_commands.app)
 app.add_typer(manifests_app, name="manifests")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(provider_commands.app, name="providers")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"gpubroker {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """A GPU broker that AI agents call as a tool."""
+    del version
+
 
 Data = Annotated[Path, typer.Option("--data", help="The folder of `gpubroker dev`.")]
 DEFAULT_DATA: Final = Path(".gpubroker")
@@ -82,7 +99,7 @@ def _find_database(data: Path) -> str:
 
 
 @app.command()
-def migrate() -> None:
+def migrate(as_json: AsJson = False) -> None:
     """Bring the database's schema up to this version; with GPUBROKER_OWNER set, a new database becomes that owner's."""
     from gpubroker import accounts
     from gpubroker.store import migrations
@@ -99,7 +116,10 @@ def migrate() -> None:
                 raise
             print(f"gpubroker: {error}; trying again", file=sys.stderr, flush=True)
             time.sleep(1)
-    print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
+    if as_json:
+        print(json.dumps({"applied": applied}))
+    else:
+        print("\n".join(f"applied {name}" for name in applied) or "the schema is up to date")
     if settings.owner and (owner := accounts.install(settings.database_url or "", settings.owner)) != settings.owner:
         raise SetupError(f"GPUBROKER_OWNER is {settings.owner}, the database belongs to {owner}")
 
@@ -131,11 +151,13 @@ def dev(
 
 
 @app.command()
-def reconcile() -> None:
+def reconcile(as_json: AsJson = False) -> None:
     """Do one sweep now: expiry, due pods, complete listings, the bill."""
     from gpubroker import operating
 
     operating.run(operating.reconcile)
+    if as_json:
+        print(json.dumps({"done": True}))
 
 
 @app.command()
