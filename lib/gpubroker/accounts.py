@@ -27,6 +27,7 @@ from gpubroker.resources.agents import (
     NewKey,
     Whoami,
 )
+from gpubroker.resources.budgets import Budget
 from gpubroker.store import accounts as rows
 from gpubroker.store import migrations
 from gpubroker.store import tokens as token_rows
@@ -234,9 +235,19 @@ async def describe_caller(tx: store.Transaction) -> Whoami:
         organisation=organisation,
         scopes=sorted(caller.scopes),
         delegation=list(caller.actors or (caller.agent_id,)),
-        budgets=[await budgets.show_budget(tx, caller.agent_id)],
+        budgets=[await _show_budget(tx)],
         limits=agent.limits,
     )
+
+
+async def _show_budget(tx: store.Transaction) -> Budget:
+    """The caller's budget; where its token has one as well, what can be held is within that too."""
+    budget = await budgets.show_budget(tx, tx.known.agent_id)
+    room = None if tx.known.jti is None else await token_rows.find_least_room(tx.conn, tx.known.jti)
+    if room is None:
+        return budget
+    least = room if budget.available_usd is None else min(room, budget.available_usd)
+    return budget.model_copy(update={"available_usd": least})
 
 
 # Keys

@@ -23,7 +23,7 @@ RESOURCES = {
         availability observed_at stale""",
     "ChosenOffer": """id provider provider_offer_id gpu gpu_count vram_gb vcpus ram_gb disk_gb region country spot
         price_usd_per_hour price_usd_per_gpu_hour min_billing_seconds billing_increment_seconds stopped_price_usd_per_hour supports
-        reliability""",
+        reliability availability observed_at stale""",
     "NoMatch": "considered removed_by nearest",
     "Near": "offer change",
     "Quote": "id offer price_usd_per_hour duration_seconds total_usd expires_at pod_id",
@@ -128,6 +128,9 @@ async def test_answers_have_the_fields_that_their_schemas_name(world: World):
     }  # fmt: skip
     for name, answer in shown.items():
         assert set(answer) == set(RESOURCES[name].split()), name
+    for chosen in (quote["offer"], shown["Pod"]["offer"], shown["DryRun"]["offer"]):
+        assert (chosen["availability"], chosen["stale"]) == ("high", False)
+        assert chosen["observed_at"].endswith("Z")
     prefixes = {"Pod": "pod", "Quote": "qte", "Agent": "agt", "Offer": "ofr", "Key": "key", "UsageRecord": "use"}
     assert {name: shown[name]["id"].partition("_")[0] for name in prefixes} == prefixes
 

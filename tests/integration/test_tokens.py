@@ -267,6 +267,8 @@ async def test_a_tokens_budget_bounds_all_that_is_made_with_it_and_its_like(worl
     agent = await world.root.child(budget={"limit_usd": "50"})
     outer = await acting(agent, budget_usd="1")
     inner = await acting(outer, budget_usd="0.5")
+    for holder, room in ((agent, "50.000000"), (outer, "1.000000"), (inner, "0.500000")):
+        assert (await holder.get("/v1/whoami"))["budgets"][0]["available_usd"] == room
     assert (await exchange(outer, budget_usd="1.000001", status=400))["error"] == "invalid_request"
     refused = await inner.pod(402)
     pod = await outer.pod()

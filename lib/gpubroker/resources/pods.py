@@ -53,6 +53,9 @@ class ChosenOffer(Output):
     stopped_price_usd_per_hour: Usd | None
     supports: list[str]
     reliability: float | None
+    availability: str
+    observed_at: Moment | None
+    stale: bool | None
 
 
 class Pod(Output):

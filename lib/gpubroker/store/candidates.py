@@ -28,3 +28,7 @@ class Candidate(NamedTuple):
     capabilities: dict[str, Any]
     priced_disk_gb: int | None = None
     """The most disk that this price is for; None in rows of before, which were made for a disk."""
+    availability: str = "unknown"
+    observed_at: str | None = None
+    stale: bool | None = None
+    """How it stood when it was chosen; unknown in rows of before."""

@@ -277,7 +277,9 @@ SELECT o.id AS offer_id, o.account_id, o.provider, o.provider_offer_id, o.gpu, o
        o.stopped_micro_h + o.stopped_disk_micro_gb_h * greatest(0, %(disk)s - o.disk_base_gb) AS stopped_micro_h,
        o.min_billing_s, o.increment_s, o.supports, o.reliability, p.capabilities,
        CASE WHEN o.disk_micro_gb_h + o.stopped_disk_micro_gb_h = 0 THEN o.disk_gb
-            ELSE greatest(%(disk)s, o.disk_base_gb) END AS priced_disk_gb"""
+            ELSE greatest(%(disk)s, o.disk_base_gb) END AS priced_disk_gb,
+       o.availability, to_char(p.refreshed_at AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS observed_at,
+       p.refreshed_at + p.stale_after_s * interval '1 second' < clock_timestamp() AS stale"""
 
 
 _FRESH: Final = """
