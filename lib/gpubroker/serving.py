@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gpubroker import bundle, config, errors, ids
+from gpubroker import bundle, config, errors, framework, ids
 
 if TYPE_CHECKING:
     import uvicorn
@@ -30,16 +30,9 @@ def load(name: str, source: Path | None = None) -> ASGIApp:
     What the framework leaves behind is undone, so that several can be loaded: it loads every file as the module `main`, adds
     its folder to the path, and writes into the environment, where FUNCTION_SIGNATURE_TYPE would decide over the next.
     """
-    # Only a server needs it; it has no types of its own.
-    from functions_framework.aio import create_asgi_app  # noqa: PLC0415 # pyright: ignore[reportUnknownVariableType]
-    from functions_framework.exceptions import FunctionsFrameworkException  # noqa: PLC0415 - as above
-
     before, path = sys.modules.get("main"), list(sys.path)
     try:
-        return _Plain(create_asgi_app(name, str(source or bundle.source(name))))
-    except FunctionsFrameworkException as error:
-        msg = f"the function {name} cannot be loaded: {' '.join(str(error).split())}"
-        raise errors.SetupError(msg) from None
+        return _Plain(framework.create_app(name, source or bundle.source(name)))
     finally:
         sys.path[:] = path
         sys.modules.pop("main", None)

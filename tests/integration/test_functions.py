@@ -145,13 +145,12 @@ def other_calls(http: httpx.Client, name: str, key: str) -> None:
 # What each may have loaded once it has answered: every module more is time that each cold start takes.
 
 FRAMEWORK = (
-    "annotated_types anyio blinker click cloudevents deprecation flask functions_framework httptools itsdangerous jinja2"
-    " markupsafe packaging psycopg psycopg_binary psycopg_pool pydantic pydantic_core starlette typing_extensions"
-    " typing_inspection uvicorn uvloop werkzeug"
+    "annotated_types anyio click cloudevents deprecation functions_framework httptools packaging psycopg psycopg_binary"
+    " psycopg_pool pydantic pydantic_core starlette typing_extensions typing_inspection uvicorn uvloop"
 )
-"""functions-framework brings Flask and all that it needs; the rest is what any of our functions is made of."""
+"""functions-framework comes without Flask (framework.py); the rest is what any of our functions is made of."""
 OURS = (
-    "adapters bodies bundle cache cli config errors events ids inputs keys money operations outbox problems"
+    "adapters bodies bundle cache cli config errors events framework ids inputs keys money operations outbox problems"
     " rates resources resources.pods sealing serving signing store store.events store.migrations"
     " store.tokens times web"
 )
@@ -165,12 +164,12 @@ MAY_LOAD = {
     "store.instances store.pods store.quotes",
     "pods": f"{_RENTING} {_OFFERING} idempotency offers pod_requests pods quotes store.idempotency store.pods store.quotes",
     "exec": f"{_RENTING} {_VENDORS} pods store.pods terminals",
-    "usage": f"{_RENTING} resources.usage store.usage usage",
+    "usage": f"{_RENTING} plans resources.plans resources.usage store.plans store.usage usage",
     "intake": f"{_RENTING} {_OFFERING} consumer idempotency intake offers pod_requests pods quotes resources.commands "
     "store.commands store.idempotency store.pods store.quotes",
     "provisioning": _DRIVING,
     "metering": "consumer metering store.billing store.candidates store.instances",
-    "reconcile": f"{_DRIVING} catalog gpus metering reconciling store.catalog sweep",
+    "reconcile": f"{_DRIVING} catalog gpus metering reconciling resources.plans store.catalog store.plans sweep",
     "catalog": f"{_VENDORS} catalog consumer gpus store.catalog",
     "deadletter": "consumer",
 }
@@ -256,6 +255,22 @@ def test_a_function_starts_both_ways_and_does_its_work(installation: Installatio
     finally:
         logged = [end(process) for process in (served, stock) if process.poll() is None]
     assert all("Traceback" not in err for _, err in logged), logged
+
+
+def test_the_framework_comes_without_flask_and_who_imports_flask_gets_it():
+    hello = Path(__file__).parents[1] / "bench" / "hello" / "main.py"
+    code = f"""
+import logging
+from pathlib import Path
+from gpubroker import framework
+framework.create_app("hello", Path({str(hello)!r}))
+logging.getLogger().warning("through the framework's own log")
+import flask
+from werkzeug.local import LocalProxy
+assert issubclass(flask.Flask, object) and isinstance(flask.request, LocalProxy)
+"""
+    out, err = start([sys.executable, "-c", code], {"LOG_EXECUTION_ID": "true"}).communicate(timeout=SECONDS)
+    assert (out, err.strip()) == ("", "through the framework's own log")
 
 
 def test_a_function_without_settings_is_unhealthy_under_the_stock_framework(installation: Installation):
