@@ -1,6 +1,7 @@
 """Trees of agents, changed at random by whoever is in them: no credential is ever worth more than its path."""
 
 import functools
+import math
 from datetime import datetime
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.factories import Client, World
 
 from gpubroker.resources import SCOPES
+from gpubroker.times import now
 from gpubroker.tokens import EXCHANGE
 
 pytestmark = pytest.mark.anyio
@@ -39,6 +41,8 @@ class Tree:
         self.agents: list[str] = [top.agent_id]
         self.origins: dict[str, Client] = {}
         """The credential that a token came from."""
+        self.rooms: dict[str, float] = {}
+        """What a token, and those that it came from, may spend at the most."""
 
     def query(self, sql: str, *parameters: object) -> list[dict[str, Any]]:
         return self.world.query(sql, *parameters)
@@ -89,6 +93,8 @@ class Tree:
         scopes = draw(st.none() | SETS)
         fields = {"grant_type": EXCHANGE, "subject_token": client.key, "actor_token": actor.key if actor else ""}
         fields |= {"scope": " ".join(scopes)} if scopes else {}
+        amount, seconds = draw(AMOUNTS), draw(SECONDS)
+        fields |= {"budget_usd": amount or "", "expires_in": str(seconds or "")}
         before = self._worth(client)
         answer = call(client, "POST", "/v1/token", data=fields, headers={"Authorization": ""})
         assert answer.status_code in (200, 400), answer.text
@@ -96,6 +102,12 @@ class Tree:
             token = Client(answer.json()["access_token"], client.agent_id)
             assert before is not None
             assert set(answer.json()["scope"].split()) <= before
+            ends = [agent["expires_at"] for agent in self._path(client.agent_id) if agent["expires_at"] is not None]
+            lives = [(end - now()).total_seconds() + 1 for end in ends]
+            assert answer.json()["expires_in"] <= min([3600, *lives, *([seconds] if seconds else [])])
+            room = self.rooms.get(client.key, math.inf)
+            assert amount is None or float(amount) <= room
+            self.rooms[token.key] = min(room, float(amount or math.inf))
             self.origins[token.key] = client
             self.credentials.append(token)
 
@@ -158,7 +170,9 @@ class Tree:
             whoami = call(client, "GET", "/v1/whoami").json()
             within = [agent["limit_micro"] for agent in path if agent["limit_micro"] is not None]
             assert set(whoami["agent"]["effective_scopes"]) == set.intersection(*(set(a["scopes"]) for a in path))
-            assert float(whoami["budgets"][0]["available_usd"]) * 10**6 <= min(within)
+            available = float(whoami["budgets"][0]["available_usd"])
+            assert available * 10**6 <= min(within)
+            assert available <= self.rooms.get(client.key, math.inf)
 
 
 async def test_no_credential_is_ever_worth_more_than_its_path(world: World) -> None:
