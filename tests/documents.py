@@ -66,7 +66,9 @@ def steps(path: Path) -> Iterator[Step]:
             yield Step(at, command, printed)
 
 
-def play(path: Path, folder: Path, env: Mapping[str, str], replaced: Mapping[str, str], seconds: int = 60) -> list[str]:
+def play(
+    path: Path, folder: Path, env: Mapping[str, str], replaced: Mapping[str, str], seconds: int = 240
+) -> list[str]:
     """Run a document's session in a folder; say of each step that printed something else what was expected."""
     told = list(steps(path))
     script = ""

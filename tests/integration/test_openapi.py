@@ -150,7 +150,7 @@ async def test_every_answer_is_one_that_the_document_names(world: World, who: st
     child = await world.root.child(scopes=RIGHTS, budget={"limit_usd": "50"})
     real = await things(world, child)
     async with serving() as url:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             document = (await http.get(f"{url}/openapi.json")).json()
         operations = sum(len(methods) for methods in document["paths"].values())
         player = Player(url, document, child.key if who == "a child" else None, real, 1 if CASES else every)
