@@ -7,8 +7,9 @@ twice, late and overlapping; each part is claimed by its rows.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Final
+from collections import defaultdict
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, Final
 
 from gpubroker import config, errors, metering, outbox, provisioning, store
 from gpubroker.events import BudgetData
@@ -27,6 +28,8 @@ from gpubroker.sweep import sweep
 log = logging.getLogger("gpubroker.reconcile")
 
 _AT_ONCE: Final = 16
+"""So many pods of one provider are driven side by side."""
+_PATIENCE_SECONDS: Final = 4.0
 _BATCH: Final = 500
 _LOOK_SECONDS: Final = 3.0
 _LONGEST_SECONDS: Final = 50.0
@@ -34,20 +37,39 @@ _TIGHT_PERCENT: Final = 80
 
 
 async def reconcile(adapters: Adapters) -> None:
-    """Work one tick. With something starting it looks again every few seconds, almost until the next tick."""
+    """Work one tick. With something starting it looks again every few seconds, almost until the next tick.
+
+    What waits for one provider holds the rest up for a moment only: it goes on beside it, and the tick ends with it.
+    """
     began = time.monotonic()
     driver = Driver(adapters)
-    await expire()
-    await drive_due(driver)
-    await sweep_all(adapters)
-    await drive_due(driver)
-    await metering.bill_all(older_than_seconds=min(60, config.settings().tick_seconds))
-    await _tidy()
-    limit = min(_LONGEST_SECONDS, config.settings().tick_seconds - 10.0)
-    while time.monotonic() - began < limit and await _is_anything_due_soon():
-        await asyncio.sleep(_LOOK_SECONDS)
+    late: list[asyncio.Task[None]] = []
+    try:
         await expire()
-        await drive_due(driver)
+        await _patiently(drive_due(driver), late)
+        await _patiently(sweep_all(adapters), late)
+        await _patiently(drive_due(driver), late)
+        await metering.bill_all(older_than_seconds=min(60, config.settings().tick_seconds))
+        await _tidy()
+        limit = min(_LONGEST_SECONDS, config.settings().tick_seconds - 10.0)
+        while time.monotonic() - began < limit and await _is_anything_due_soon():
+            await asyncio.sleep(_LOOK_SECONDS)
+            await expire()
+            await _patiently(drive_due(driver), late)
+        await asyncio.gather(*late)
+    finally:
+        for task in late:
+            task.cancel()
+
+
+async def _patiently(work: Coroutine[Any, Any, None], late: list[asyncio.Task[None]]) -> None:
+    """Wait for the work for as long as providers that are well take; then it goes on among what is late."""
+    task = asyncio.create_task(work)
+    late.append(task)
+    done, _ = await asyncio.wait([task], timeout=_PATIENCE_SECONDS)
+    if done:
+        late.remove(task)
+        await task
 
 
 async def expire() -> None:
@@ -59,16 +81,16 @@ async def expire() -> None:
 
 
 async def drive_due(driver: Driver) -> None:
-    """Drive every pod that is due, several at once; one that fails holds no other up."""
+    """Drive every pod that is due, several at once of each provider; one that fails holds no other up."""
     async with store.worker() as tx:
-        due = await rows.list_due(tx.conn, 0, _BATCH)
-    gate = asyncio.Semaphore(_AT_ONCE)
+        due = await rows.list_due_at(tx.conn, _BATCH)
+    gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
 
-    async def drive(pod_id: str) -> None:
-        async with gate:
+    async def drive(pod_id: str, provider: str) -> None:
+        async with gates[provider]:
             await driver.drive_on(pod_id)
 
-    await _gather([drive(pod_id) for pod_id in due], due)
+    await _gather([drive(*each) for each in due], [pod_id for pod_id, _ in due])
 
 
 async def sweep_all(adapters: Adapters) -> None:

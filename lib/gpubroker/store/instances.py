@@ -216,6 +216,17 @@ async def list_due(conn: Connection, within_seconds: float, limit: int) -> list[
     return [str(row[0]) for row in await (await conn.execute(_DUE, (within_seconds, limit))).fetchall()]
 
 
+_DUE_AT: Final = """
+SELECT p.id, coalesce((SELECT a.provider FROM attempt a WHERE a.pod_id = p.id ORDER BY a.n DESC LIMIT 1),
+                      p.candidates -> 0 ->> 'provider', '')
+  FROM pod p WHERE p.due_at <= instant() ORDER BY p.due_at LIMIT %s"""
+
+
+async def list_due_at(conn: Connection, limit: int) -> list[tuple[str, str]]:
+    """The pods that are due now, the longest due first, each with the provider that its step will wait for most likely."""
+    return [(str(row[0]), str(row[1])) for row in await (await conn.execute(_DUE_AT, (limit,))).fetchall()]
+
+
 _EXPIRED: Final = """
 SELECT id FROM pod WHERE ends_at <= instant() AND wanted <> 'gone'
 UNION
