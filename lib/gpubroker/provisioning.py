@@ -35,6 +35,10 @@ log = logging.getLogger("gpubroker.provisioning")
 T = TypeVar("T")
 SEND_SECONDS: Final = 10
 """A create that was not sent by then is not sent at all."""
+_NO_TURN: Final = frozenset({"throttled", "own_limit"})
+_MOST_THROTTLED: Final = 20
+"""After so many creates without a turn its provider is as good as full."""
+_LONGEST_TURN_SECONDS: Final = 600
 _POLL_SECONDS: Final = 2
 _LONGEST_PAUSE_SECONDS: Final = 60
 _SLOW_POLL_SECONDS: Final = 15
@@ -83,10 +87,22 @@ class Work:
         return next(attempt for attempt in self.attempts if attempt.id == made)
 
     @property
+    def tries(self) -> list[AttemptRow]:
+        """The attempts since running was last wanted."""
+        return [a for a in self.attempts if a.at >= self.pod.wanted_at]
+
+    @property
+    def throttled(self) -> list[AttemptRow]:
+        """Those for which the provider had no turn: they say nothing of their offers."""
+        return [a for a in self.tries if a.state == "rejected" and a.code in _NO_TURN]
+
+    @property
     def untried(self) -> list[Candidate]:
-        """The offers that were not tried since running was last wanted, best first."""
-        tried = {a.offer_id for a in self.attempts if a.at >= self.pod.wanted_at}
-        return [Candidate(**c) for c in self.pod.candidates if c["offer_id"] not in tried]
+        """The offers to try next, best first: those that were not, then those that only had no turn."""
+        tried, judged = {a.offer_id for a in self.tries}, {a.offer_id for a in self.tries if a not in self.throttled}
+        again = judged if len(self.throttled) < _MOST_THROTTLED else tried
+        left = [Candidate(**c) for c in self.pod.candidates if c["offer_id"] not in again]
+        return sorted(left, key=lambda candidate: candidate.offer_id in tried)
 
 
 def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one state of affairs
@@ -135,9 +151,10 @@ def _next_attempt(work: Work) -> Step:
 
 def _next_running_step(work: Work, instance: InstanceRow) -> Step:
     pod = work.pod
-    if instance.life in ("stopped", "interrupted"):
+    is_lost = instance.life == "interrupted" and "stop" not in work.maker.candidate.supports
+    if instance.life in ("stopped", "interrupted") and not is_lost:
         return Step.START
-    if instance.life == "failed" or _is_boot_over(work, instance):
+    if is_lost or instance.life == "failed" or _is_boot_over(work, instance):
         return _next_attempt(work)
     is_unreachable = instance.life == "unknown" and instance.started_at is not None
     if pod.is_restart_pending and (instance.life == "running" or is_unreachable):
@@ -287,7 +304,8 @@ class Driver:
         except errors.Rejected as rejection:
             await _record_rejection(work, attempt, rejection)
         except errors.Throttled as throttled:
-            await _record_rejection(work, attempt, errors.Rejected(throttled.code, throttled.detail))
+            code = "quota_exceeded" if throttled.wait > _LONGEST_TURN_SECONDS else throttled.code
+            await _record_rejection(work, attempt, errors.Rejected(code, throttled.detail), throttled.wait)
         except errors.CredentialRefused as refusal:
             await _record_rejection(work, attempt, errors.Rejected("credential_refused", refusal.code))
         except errors.AmbiguousOutcome as ambiguous:
@@ -668,7 +686,8 @@ def _hard_stop(attempt: AttemptRow, seen: base.Instance | None) -> datetime:
     return datetime.fromtimestamp(int(attempt.ref.rpartition("-")[2], 36), UTC)
 
 
-async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Rejected) -> None:
+async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Rejected, wait: float = 0.0) -> None:
+    """On to the next offer; `wait` seconds are waited where only those are left that had no turn."""
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
         if not await rows.settle_attempt(
@@ -676,7 +695,11 @@ async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.R
         ):  # the sweep knew better, or gave it up: this answer is too late to say anything of the pod
             await rows.wake_pod(tx.conn, pod.id)
             return
-        after = replace(pod, due_at=pod.now, state_reason=f"{attempt.provider}: {rejection.code}")
+        others = {candidate["offer_id"] for candidate in work.pod.candidates} - {a.offer_id for a in work.tries}
+        is_last = rejection.code in _NO_TURN and others <= {attempt.offer_id} and pod.wanted == "running"
+        pause = max(wait, min(2 ** len(work.throttled), _LONGEST_PAUSE_SECONDS)) if is_last else 0
+        due_at = pod.now + timedelta(seconds=pause)
+        after = replace(pod, due_at=due_at, state_reason=f"{attempt.provider}: {rejection.code}")
         if not rejection.try_next_offer and pod.wanted == "running":
             after = replace(
                 after, state="failed", wanted="gone", wanted_at=pod.now, ends_because="provisioning_failed",

@@ -182,6 +182,41 @@ async def test_a_rejected_offer_makes_way_for_the_next(world: World) -> None:
     )
 
 
+async def test_an_offer_that_had_no_turn_is_tried_again_when_it_has_one(world: World) -> None:
+    await rent_from(world, Simulated(), offers=1)
+    world.provider.fail["create"] = [Throttled("own_limit", wait=24), Throttled("throttled", wait=1)]
+    pod_id = await start_pod(world)
+    assert (await show(world, pod_id))["state_reason"].endswith(": own_limit")
+    for seconds, creates in ((20, 1), (5, 2), (1, 2), (2, 3)):
+        await world.pass_time(seconds=seconds)
+        await world.drive_due()
+        assert world.provider.count("create") == creates
+    pod = await show(world, pod_id)
+    assert ([a["outcome"] for a in pod["attempts"]], pod["state"]) == (["rejected", "rejected", "created"], "running")
+    check_instances(world, {pod_id})
+
+
+async def test_a_provider_that_has_no_turn_for_long_or_ever_is_given_up(world: World) -> None:
+    await rent_from(world, Simulated(), offers=1)
+    world.provider.fail["create"] = [Throttled("throttled", wait=3600)]
+    (attempt,) = (await show(world, await start_pod(world)))["attempts"]
+    assert (attempt["outcome"], attempt["code"]) == ("rejected", "quota_exceeded")
+    world.provider.fail["create"] = [Throttled("throttled", wait=1)] * 30
+    pod_id = await start_pod(world)
+    await minutes(world, 25)
+    assert (world.provider.count("create"), (await show(world, pod_id))["state"]) == (1 + 20, "terminated")
+
+
+async def test_what_was_taken_away_where_nothing_can_be_started_is_rented_anew(world: World) -> None:
+    await rent_from(world, Simulated())
+    world.query("UPDATE offer SET supports = '{image,command}'")
+    pod_id = await start_pod(world, restart_policy="on_interrupt")
+    world.provider.halt("i-1", life="interrupted")
+    await minutes(world, 2)
+    assert world.provider.count("start") == 0
+    assert ((await show(world, pod_id))["state"], world.provider.alive()) == ("running", ["i-2"])
+
+
 async def test_a_rejection_that_no_other_offer_would_change_ends_the_pod(world: World) -> None:
     await rent_from(world, Simulated())
     world.provider.fail["create"] = [Rejected("bad_image", "no such image", try_next_offer=False)]
