@@ -44,7 +44,7 @@ _ACTIONS: Final[Mapping[str, Sequence[str]]] = {
     "unreachable": ("restart", "logs"),
 }
 _MOST_AT_ONCE: Final = 10_000
-_NEEDS_STOP: Final = frozenset({"stop", "start", "restart"})
+_NEEDS_STOP: Final = frozenset({"stop", "start"})
 _SETTLED: Final = frozenset({"running", "stopped", "terminated", "failed"})
 
 
@@ -245,7 +245,7 @@ async def _refuse_capped(tx: store.Transaction, pod_id: str) -> None:
 
 def _refuse_action(pod: rows.PodView, action: str) -> None:
     candidate = _read_candidate(pod)
-    if action in _NEEDS_STOP and "stop" not in candidate.supports:
+    if not _is_able(candidate, action):
         raise errors.NotSupported(f"{candidate.provider} cannot {action} a pod.", more={"errors": []})
     allowed = allow_actions(pod)
     if action not in allowed:
@@ -288,14 +288,21 @@ def is_settled(pod: rows.PodView) -> bool:
     return pod.state in _SETTLED
 
 
+def _is_able(candidate: Candidate, action: str) -> bool:
+    """Whether its provider has this action. A machine keeps its disk when it is restarted, a container where it can be stopped."""
+    can, stops = candidate.capabilities, "stop" in candidate.supports
+    if action == "restart":
+        return bool(can.get("restarts", True)) and (stops or can.get("kind") == "vm")
+    return stops or action not in _NEEDS_STOP
+
+
 def allow_actions(pod: rows.PodView) -> list[str]:
     """What may be done with the pod now."""
-    supports = _read_candidate(pod).supports
-    actions = _ACTIONS.get(pod.state, ("logs",))
+    candidate = _read_candidate(pod)
     able = [
         action
-        for action in actions
-        if (action not in _NEEDS_STOP or "stop" in supports) and (action not in ("exec", "logs") or action in supports)
+        for action in _ACTIONS.get(pod.state, ("logs",))
+        if _is_able(candidate, action) and (action not in ("exec", "logs") or action in candidate.supports)
     ]
     return able if pod.wanted == "gone" else [*able, "terminate"]
 

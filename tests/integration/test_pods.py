@@ -580,6 +580,23 @@ async def test_what_the_provider_cannot_is_422_not_supported_in_any_state(world:
     assert (await world.root.get(f"/v1/logs/{pod['id']}", 422))["code"] == "not_supported"
 
 
+async def test_a_restart_needs_a_provider_that_can_and_a_disk_that_stays(world: World, monkeypatch: pytest.MonkeyPatch):
+    cases = (
+        ("vm", True, {"image"}, True),
+        ("vm", False, {"image", "stop"}, False),
+        ("container", True, {"image"}, False),
+    )
+    for kind, restarts, supports, allowed in cases:
+        can = replace(world.provider.capabilities, kind=kind, restarts=restarts)
+        monkeypatch.setattr(type(world.provider), "capabilities", can)
+        world.provider.offers = [replace(OFFERS[0], supports=frozenset({*supports, "command"}))]
+        world.query("DELETE FROM refresh")
+        await world.use(world.provider)
+        pod = await world.run(world.root)
+        assert ("restart" in pod["allowed_actions"]) == allowed, kind
+        await world.root.post(f"/v1/pods/{pod['id']}/restart", status=202 if allowed else 422)
+
+
 async def test_agents_above_may_list_stop_and_terminate_and_nothing_else(world: World):
     parent = await world.root.child(name="parent")
     child = await parent.child(name="child")

@@ -348,6 +348,7 @@ class ProviderContract:
             assert (support in can.supports) == (
                 getattr(self.provider(), support) is not getattr(base.Provider, support)
             )
+        assert can.restarts == (self.provider().restart is not base.Provider.restart)
         moves = self.provider().extend is not base.Provider.extend
         assert can.moves_hard_stop == moves
         assert can.moves_hard_stop or not can.ttl, "an end of the provider's own must move with the pod's"

@@ -192,6 +192,21 @@ class HttpProviderContract(ProviderContract):
         sim.plan("offers", server.status(503), server.RESET)
         assert await adapter.list_offers()
 
+    async def test_what_is_asked_again_takes_its_turn_again(
+        self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await adapter.list_managed(OWNER)
+        turns, asked = 0, sim.count()
+
+        async def take(_: str, __: float) -> None:
+            nonlocal turns
+            turns += 1
+
+        monkeypatch.setattr(adapter.http.buckets, "take", take)
+        sim.plan("list", server.status(503), server.RESET)
+        await adapter.list_managed(OWNER)
+        assert turns == sim.count() - asked >= 3
+
     async def test_a_read_that_hangs_ends_in_its_time(self, adapter: HttpProvider, sim: Vendor) -> None:
         adapter.http.read_seconds = 0.05
         sim.plan("offers", server.HANG, server.HANG, server.HANG)

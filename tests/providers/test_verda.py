@@ -37,7 +37,7 @@ class TestVerda(HttpProviderContract):
             *(("1H100.80S.30V", place, spot) for place in ("FIN-01", "ICE-01") for spot in (False, True)),
             *(("8H200.141S.176V", "FIN-03", spot) for spot in (False, True)),
             *(("CPU.4V.16G", "FIN-01", spot) for spot in (False, True)),
-        }  # without CUDA there is no image for a pod
+        }  # without CUDA there is no image for a pod with GPUs
         one = offers["1H100.80S.30V", "ICE-01", False]
         assert (one.gpu, one.gpu_count, one.vram_gb, one.vcpus, one.ram_gb) == ("1x H100 SXM5 80GB", 1, 80, 30, 120)
         assert (one.country, one.currency, one.provider_offer_id.partition("/")[2]) == (
@@ -47,7 +47,8 @@ class TestVerda(HttpProviderContract):
         eight = offers["8H200.141S.176V", "FIN-03", True]
         assert (eight.gpu_count, eight.vram_gb, eight.price_micro_h) == (8, 141, 9_490_000 + 50 * GB_HOUR)
         assert eight.provider_offer_id.endswith("/ubuntu-24.04-cuda-13.0-open-docker")
-        assert offers["CPU.4V.16G", "FIN-01", False].gpu is None
+        plain = offers["CPU.4V.16G", "FIN-01", False]
+        assert (plain.gpu, plain.provider_offer_id) == (None, "CPU.4V.16G/ubuntu-24.04")
 
     async def test_prices_in_another_currency_say_so(self, adapter: HttpProvider, sim: VerdaVendor) -> None:
         sim.currency = "eur"
@@ -137,7 +138,7 @@ class TestVerda(HttpProviderContract):
             "instance_type": "1H100.80S.30V", "image": "ubuntu-24.04-cuda-12.8-open-docker", "location_code": "FIN-01",
             "hostname": ref, "description": f"{ref} 8000h-9000t-22t", "tags": [{"key": "gpubroker", "value": ref}],
             "ssh_key_ids": [], "startup_script_id": script_id, "os_volume": {"name": ref, "size": 50}, "is_spot": False,
-            "contract": "PAY_AS_YOU_GO", "pricing": "FIXED_PRICE",
+            "contract": "PAY_AS_YOU_GO", "pricing": "FIXED_PRICE", "volumes": [], "existing_volumes": [], "coupon": None,
         }  # fmt: skip
         found = {e.name: e for e in (await adapter.get(machine.id)).endpoints}
         assert found["http-8000"].url == "http://135.181.63.50:8000"
@@ -174,6 +175,16 @@ class TestVerda(HttpProviderContract):
             await adapter.create(self.spec(adapter), await self.offer(adapter), make_ref())
         assert (rejected.value.code, rejected.value.try_next_offer) == (code, True)
         assert sim.scripts == {}
+
+    @pytest.mark.parametrize("said", ["Service is temporarily unavailable", "Service not available", "Upstream error"])
+    async def test_a_503_that_names_no_machine_leaves_open_what_happened(
+        self, adapter: HttpProvider, sim: VerdaVendor, said: str
+    ) -> None:
+        answer = Answer(503, {"code": "service_unavailable", "message": said})
+        sim.plan("create", Fault(answer=answer, after=True))
+        with pytest.raises(AmbiguousOutcome):
+            await adapter.create(self.spec(adapter), await self.offer(adapter), make_ref())
+        assert (len(sim.alive()), len(sim.scripts)) == (1, 1)
 
     async def test_a_create_that_may_have_happened_keeps_its_script(
         self, adapter: HttpProvider, sim: VerdaVendor
@@ -234,6 +245,27 @@ class TestVerda(HttpProviderContract):
         with pytest.raises(Rejected):
             await adapter.terminate(machine.id)
         assert (sim.alive(), len(sim.scripts)) == ([machine], 1)
+
+    @pytest.mark.parametrize("body", [b"", b"Accepted", b'{"results": []}', b"null"])
+    async def test_what_is_accepted_is_accepted_in_any_words(
+        self, adapter: HttpProvider, sim: VerdaVendor, body: bytes
+    ) -> None:
+        machine = await self.create(adapter, sim)
+        sim.plan("stop", Fault(answer=Answer(202, body), after=True))
+        await adapter.stop(machine.id)
+        sim.plan("stop", Fault(answer=Answer(207, body or b"null")))
+        with pytest.raises(AmbiguousOutcome):
+            await adapter.stop(machine.id)
+
+    @pytest.mark.parametrize("tags", [["theirs"], {"a": "b"}, None, "text", [{"key": "free"}]])
+    async def test_tags_of_others_may_have_any_shape(
+        self, adapter: HttpProvider, sim: VerdaVendor, tags: object
+    ) -> None:
+        machine = await self.create(adapter, sim)
+        sim.extras = {"tags": tags}
+        assert [instance.id for instance in await adapter.list_managed("ownerown")] == [machine.id]
+        sim.extras = {"tags": [machine.name], "hostname": "renamed", "description": ""}
+        assert (await adapter.get(machine.id)).ref == machine.name
 
     async def test_off_bills_as_if_it_ran(self, adapter: HttpProvider, sim: VerdaVendor) -> None:
         machine = await self.create(adapter, sim)

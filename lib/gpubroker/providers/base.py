@@ -54,6 +54,8 @@ class Capabilities:
     ttl: bool = False
     """The provider itself ends an instance at its hard stop."""
     spot: bool = False
+    restarts: bool = True
+    """It can restart the program of a running instance."""
     priced_by_operator: bool = False
     """Its prices are our own settings: none is doubted for being far from the median of its model."""
 

@@ -32,9 +32,11 @@ _LIVES: Final[Mapping[str, tuple[base.Life, base.Billing]]] = {
 }  # fmt: skip
 _PRICES: Final = {False: "price_per_hour", True: "spot_price"}
 _COUNTRIES: Final = {"FIN": "FI", "ICE": "IS"}
-_NO_ROOM: Final = re.compile("capacity|not available|unavailable")
+_NO_ROOM: Final = re.compile("capacity|out of stock|(instance type|gpu|resource)s?\\b.*\\b(not |un)available")
+"""Of a machine, not of Verda itself: a 503 without such words leaves open whether it made one."""
 _TAG: Final = "gpubroker"
 _PROVISIONING_SECONDS: Final = 20.0
+_ACCEPTED: Final = 202
 
 
 class Verda(HttpProvider):
@@ -46,7 +48,7 @@ class Verda(HttpProvider):
     limits: ClassVar[Mapping[str, Limit]] = {"calls": Limit(interval_seconds=0.2, burst=10)}
     capabilities: ClassVar[Capabilities] = Capabilities(
         kind="vm", supports=_SUPPORTS, stopped_billing="full", boot_seconds=300, boot_limit_seconds=1800,
-        bills_boot=False, termination_allowance_seconds=300, visibility_lag_seconds=120, spot=True,
+        bills_boot=False, termination_allowance_seconds=300, visibility_lag_seconds=120, spot=True, restarts=False,
     )  # fmt: skip
 
     @classmethod
@@ -157,7 +159,7 @@ class Verda(HttpProvider):
         self, instance_id: str, action: str, done: Collection[base.Life], more: Mapping[str, object], manner: Manner
     ) -> None:
         """What is refused because it is so already is done."""
-        body = {"action": action, "id": [segment(instance_id)], **more}
+        body = {"action": action, "id": [segment(instance_id)], "volume_ids": None, **more}
         try:
             await self.act("PUT", "/instances", instance_id, _read_results, body=body, manner=manner)
         except errors.Rejected:
@@ -170,8 +172,14 @@ def _read_list(answer: Answer) -> list[Document]:
 
 
 def _read_results(answer: Answer) -> None:
-    """An action is taken with 202, or 207 with a result for each instance, which may be an error."""
-    for result in _read_list(answer) if answer.body.strip() else ():
+    """An action is taken with 202, whatever else that says; with 207 the result of each instance may be an error."""
+    try:
+        results = _read_list(answer) if answer.body.strip() else []
+    except errors.ProviderError:
+        if answer.status == _ACCEPTED:
+            return
+        raise
+    for result in results:
         if result.has("error") or result.words("status") in {"error", "failed"}:
             raise errors.Rejected("not_done", answer.detail())
 
@@ -187,7 +195,8 @@ def _read_id(answer: Answer) -> str:
 def _offers(kind: Document, disk: Document | None, location: str, *, spot: bool) -> Iterator[ProviderOffer]:
     images, priced = kind.texts("supported_os") if kind.has("supported_os") else [_IMAGE], _PRICES[spot]
     price = kind.usd(priced) if kind.has(priced) else 0
-    image, gpus = _choose_image(images), kind.child("gpu").whole("number_of_gpus")
+    gpus = kind.child("gpu").whole("number_of_gpus")
+    image = _choose_image(images, needs_cuda=gpus > 0)
     if image is None or not price:
         return
     gb_micro_h = round(disk.usd("price_per_month_per_gb") / 730) if disk else 0
@@ -203,9 +212,9 @@ def _offers(kind: Document, disk: Document | None, location: str, *, spot: bool)
     )  # fmt: skip
 
 
-def _choose_image(images: Collection[str]) -> str | None:
-    """One with CUDA, and with Docker where there is one: a script installs what is missing."""
-    fit = [("docker" in image, image) for image in images if "ubuntu" in image and "cuda" in image]
+def _choose_image(images: Collection[str], *, needs_cuda: bool) -> str | None:
+    """One with CUDA for GPUs, and with Docker where there is one: a script installs what is missing."""
+    fit = [("docker" in image, image) for image in images if "ubuntu" in image and ("cuda" in image or not needs_cuda)]
     return _IMAGE if _IMAGE in images else max(fit)[1] if fit else None
 
 
@@ -218,13 +227,14 @@ def _body(spec: base.Spec, offer: ProviderOffer, ref: str, script_id: str) -> di
         "instance_type": kind, "image": image, "location_code": offer.region, "hostname": ref,
         "description": f"{ref} {ports.write(spec)}".strip(), "tags": [{"key": _TAG, "value": ref}], "ssh_key_ids": [],
         "startup_script_id": script_id, "os_volume": volume, "is_spot": offer.spot,
-        "contract": "SPOT" if offer.spot else "PAY_AS_YOU_GO", "pricing": "FIXED_PRICE",
+        "contract": "SPOT" if offer.spot else "PAY_AS_YOU_GO", "pricing": "FIXED_PRICE", "volumes": [], "existing_volumes": [],
+        "coupon": None,
     }  # fmt: skip
 
 
 def _find_ref(instance: Document) -> str | None:
-    tags = instance.children("tags") if instance.has("tags") else []
-    return find_ref(instance.words("hostname"), instance.words("description"), *(tag.words("value") for tag in tags))
+    """Its tags may be of any shape: others' machines are in the listing too."""
+    return find_ref(instance.words("hostname"), instance.words("description"), str(instance.values.get("tags")))
 
 
 def _instance(instance: Document) -> Instance:

@@ -29,7 +29,7 @@ class Outpost(HttpProvider):
     limits: ClassVar[Mapping[str, Limit]] = {"calls": Limit(interval_seconds=0.2, burst=10)}
     capabilities: ClassVar[Capabilities] = Capabilities(
         kind="container", supports=_SUPPORTS, stopped_billing="full", boot_seconds=20, boot_limit_seconds=600, bills_boot=False,
-        termination_allowance_seconds=60, visibility_lag_seconds=30,
+        termination_allowance_seconds=60, visibility_lag_seconds=30, restarts=False,
     )  # fmt: skip
 
     @classmethod

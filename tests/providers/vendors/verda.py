@@ -24,7 +24,8 @@ TYPES: dict[str, dict[str, Any]] = {
                         "os": ["ubuntu-24.04-cuda-13.0-open-docker", "ubuntu-24.04"], "where": ["FIN-03"]},
     "2B200.60V": {"gpu": ("2x B200 SXM6 180GB", 2, 360), "cpus": 60, "ram": 368, "price": "9.98", "spot": "0",
                   "os": ["ubuntu-24.04"], "where": ["FIN-03"]},
-    "CPU.4V.16G": {"gpu": ("", 0, 0), "cpus": 4, "ram": 16, "price": "0.0279", "spot": "0.0098", "os": DOCKER, "where": ["FIN-01"]},
+    "CPU.4V.16G": {"gpu": ("", 0, 0), "cpus": 4, "ram": 16, "price": "0.0279", "spot": "0.0098",
+                   "os": ["ubuntu-24.04", "debian-12"], "where": ["FIN-01"]},
 }  # fmt: skip
 GB_MONTH = 0.2
 _STATUS = {"starting": "provisioning", "running": "running", "stopped": "offline", "failed": "error"}
@@ -60,14 +61,16 @@ _TYPE = _shape(
 )  # fmt: skip
 _LIST = {"type": "array"}
 _ORDER = _shape(
-    "instance_type image hostname description location_code os_volume is_spot ssh_key_ids startup_script_id",
+    "instance_type image hostname description location_code os_volume is_spot ssh_key_ids startup_script_id volumes "
+    "existing_volumes coupon",
     os_volume=_shape("name size", size={"type": "integer"}, on_spot_discontinue=_TEXT), is_spot={"type": "boolean"},
     contract={"enum": ["LONG_TERM", "PAY_AS_YOU_GO", "SPOT"]}, pricing={"enum": ["DYNAMIC_PRICE", "FIXED_PRICE"]},
     volumes=_LIST, existing_volumes=_LIST, coupon={}, ssh_key_ids=_TEXTS,
     tags={"type": "array", "items": _shape("key", key=_TEXT, value=_TEXT)},
 )  # fmt: skip
 _ACTION = _shape(
-    "id action", id=_TEXTS, action={"enum": ["start", "shutdown", "delete", "hibernate", "restore"]}, volume_ids=_TEXTS,
+    "id action volume_ids", id=_TEXTS, action={"enum": ["start", "shutdown", "delete", "hibernate", "restore"]},
+    volume_ids={"type": ["array", "null"], "items": _TEXT},
     delete_permanently={"const": True},
 )  # fmt: skip
 _ERROR = _shape("code message")

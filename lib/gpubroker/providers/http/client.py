@@ -140,7 +140,7 @@ class Client:
         secrets = Secrets((*self._secrets, *_worth_hiding(hidden)))
         try:
             async with asyncio.timeout(self.seconds[kind]):
-                answer = await self._send(kind, request, tries, secrets, instance_id)
+                answer = await self._send(kind, request, tries, secrets, instance_id, limit)
             result = read(answer)
         except TimeoutError:
             await self.breakers.fail(kind)
@@ -181,7 +181,7 @@ class Client:
         )
 
     async def _send(
-        self, kind: Kind, request: httpx.Request, tries: int, secrets: Secrets, instance_id: str | None
+        self, kind: Kind, request: httpx.Request, tries: int, secrets: Secrets, instance_id: str | None, limit: str
     ) -> Answer:
         for n in range(1, _TRIES + 1):
             try:
@@ -192,6 +192,10 @@ class Client:
                     raise
                 wait = failed.error.wait if isinstance(failed.error, Throttled) else 0.0
                 await asyncio.sleep(max(wait, self.pause_seconds * 2 ** (n - 1) * random.uniform(0.5, 1.5)))  # noqa: S311 - no secret
+                try:
+                    await self.buckets.take(limit, _PATIENCE[kind])
+                except Throttled:
+                    raise failed from None
         raise AssertionError
 
     async def _try(self, kind: Kind, request: httpx.Request, secrets: Secrets, instance_id: str | None) -> Answer:
