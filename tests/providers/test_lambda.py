@@ -1,6 +1,7 @@
 """Lambda: the contract, and what is Lambda's alone."""
 
 import json
+from typing import Any
 
 import pytest
 import yaml
@@ -70,6 +71,51 @@ class TestLambda(HttpProviderContract):
         with pytest.raises(Rejected) as rejected:
             await adapter.create(self.spec(adapter), offer, make_ref())
         assert (rejected.value.try_next_offer, sim.count("create")) == (True, 0)
+
+    async def test_a_key_that_reaches_nobody_is_a_rejection(
+        self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        offer = await self.offer(adapter)
+        call = adapter.http.call
+
+        async def cut_off(kind: Any, method: str, path: str, **more: Any) -> Any:
+            if kind == "act":
+                adapter.http.base_url = "http://127.0.0.1:9"
+                adapter.http.origin = "http://127.0.0.1:9"
+            return await call(kind, method, path, **more)
+
+        monkeypatch.setattr(adapter.http, "call", cut_off)
+        with pytest.raises(Rejected) as rejected:
+            await adapter.create(self.spec(adapter), offer, make_ref())
+        assert (rejected.value.code, sim.count("create")) == ("unreachable", 0)
+
+    async def test_user_data_that_is_too_large_is_refused_before_it_is_sent(
+        self, adapter: HttpProvider, sim: Vendor
+    ) -> None:
+        offer = await self.offer(adapter)
+        with pytest.raises(Rejected) as rejected:
+            await adapter.create(self.spec(adapter, env={"LONG": "é" * 200_000}), offer, make_ref())
+        assert (rejected.value.code, rejected.value.try_next_offer) == ("user_data_too_large", True)
+        assert sim.count("create", "keys") == 0
+
+    async def test_a_launch_waits_for_both_of_its_turns(
+        self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        taken: list[str] = []
+
+        async def take(name: str, _: float) -> None:
+            taken.append(name)
+
+        offer, asked = await self.offer(adapter), sim.count()
+        monkeypatch.setattr(adapter.http.buckets, "take", take)
+        await adapter.create(self.spec(adapter), offer, make_ref())
+        assert taken == [
+            "calls",
+            "calls",
+            "launch",
+            "calls",
+        ]  # the long wait first: the other turn is not kept through it
+        assert sim.count() - asked == taken.count("calls")
 
     async def test_an_account_that_may_not_list_its_keys_may_have_ours(
         self, adapter: HttpProvider, sim: Vendor

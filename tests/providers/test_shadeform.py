@@ -96,6 +96,10 @@ class TestShadeform(HttpProviderContract):
 
     async def test_an_end_is_moved_though_the_price_is_not_told(self, adapter: HttpProvider, sim: Vendor) -> None:
         machine = await self.create(adapter, sim)
+        sim.extras = {"hourly_price": None}
+        await adapter.extend(machine.id, datetime.now(UTC) + timedelta(hours=9))
+        spend = float(machine.asked["auto_delete"]["spend_threshold"])
+        assert 5.1 <= spend < 5.2  # as it was reckoned: 51 cents an hour, and an hour to spare
         sim.plan("get", Fault(answer=Answer(200, {"id": machine.id, "cost_estimate": "1.5"})))
         await adapter.extend(machine.id, datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC))
         assert machine.asked["auto_delete"] == {"date_threshold": "2030-01-02T03:04:05+00:00"}

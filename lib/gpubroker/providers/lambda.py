@@ -47,7 +47,8 @@ _REF_TAG: Final = "gpubroker-ref"
 _PORTS_TAG: Final = "gpubroker-ports"
 """Lambda does not show user data: this tells a pod's ports. A value has at most 128 characters."""
 _USER: Final = "ubuntu"
-_TURN_SECONDS: Final = 8.0
+_TURN_SECONDS: Final = 15.0
+_LARGEST_USER_DATA: Final = 1_000_000
 
 
 class Lambda(HttpProvider):
@@ -93,6 +94,8 @@ class Lambda(HttpProvider):
     async def create(self, spec: base.Spec, offer: ProviderOffer, ref: str) -> base.Created:
         """Launch an instance whose name and tag are the reference."""
         user_data = cloudinit.write(spec, gpus=offer.gpu_count > 0)
+        if len(user_data) > _LARGEST_USER_DATA:
+            raise Rejected("user_data_too_large", "Lambda takes 1 MB")
         tags = {_REF_TAG: ref, _PORTS_TAG: ports.write(spec)}
         body = {
             "region_name": offer.region,
@@ -102,9 +105,9 @@ class Lambda(HttpProvider):
             "user_data": user_data,
             "tags": [{"key": key, "value": value} for key, value in tags.items() if value],
         }
-        await self.http.buckets.take("calls", _TURN_SECONDS)  # a launch counts against both limits
+        await self.http.buckets.take("launch", _TURN_SECONDS)  # it counts against both limits: the longer wait is first
         return await self.http.call(
-            "create", "POST", "/instance-operations/launch", body=body, limit="launch", read=_read_created,
+            "create", "POST", "/instance-operations/launch", body=body, read=_read_created,
             hidden=(*spec.env.values(), *(spec.registry_auth or {}).values()),
         )  # fmt: skip
 
@@ -122,7 +125,8 @@ class Lambda(HttpProvider):
             if not rejected.code.startswith("http_4"):  # that it may not be asked says nothing: the launch finds out
                 raise
         body = {"name": name, "public_key": f"{_make_public_key()} {name}"}
-        with suppress(AmbiguousOutcome, Rejected):  # another may have added it meanwhile: the launch finds out
+        # another may have added it meanwhile: the launch finds out
+        with before_create(), suppress(AmbiguousOutcome, Rejected):
             await self.http.call("act", "POST", "/ssh-keys", body=body, manner="once", read=read_nothing)
         return name
 

@@ -121,8 +121,7 @@ class Shadeform(HttpProvider):
         seen = await self._look(instance_id)
         spent = seen.usd("cost_estimate") if seen.values.get("cost_estimate") else 0
         tags = [tag for tag in _tags(seen) if not tag.startswith(_UNTIL_TAG)]
-        price = seen.cents("hourly_price") if seen.has("hourly_price") else None
-        ending = _auto_delete(hard_stop_at, price, spent_micro=spent)
+        ending = _auto_delete(hard_stop_at, _price(seen), spent_micro=spent)
         changes = {"auto_delete": ending, "tags": [*tags, f"{_UNTIL_TAG}{int(hard_stop_at.timestamp())}"]}
         await self._act(instance_id, "update", "repeatable", changes)
 
@@ -155,20 +154,12 @@ def _offers(kind: Document) -> Iterator[ProviderOffer]:
     for place in [one for one in kind.children("availability") if one.flag("available") and price and is_machine]:
         country = _COUNTRY.match(str(place.values.get("display_name")))
         yield ProviderOffer(
-            provider_offer_id=f"{kind.text('cloud')}/{kind.text('shade_instance_type')}",
-            gpu=model if gpus else None,
-            gpu_count=gpus,
-            vcpus=has.number("vcpus"),
-            ram_gb=has.number("memory_in_gb"),
-            disk_gb=has.whole("storage_in_gb"),
-            disk_base_gb=has.whole("storage_in_gb"),
-            region=place.text("region"),
-            country=country[0] if country else None,
-            price_micro_h=price,
-            supports=_SUPPORTS,
+            provider_offer_id=f"{kind.text('cloud')}/{kind.text('shade_instance_type')}", gpu=model if gpus else None,
+            gpu_count=gpus, vcpus=has.number("vcpus"), ram_gb=has.number("memory_in_gb"), disk_gb=has.whole("storage_in_gb"),
+            disk_base_gb=has.whole("storage_in_gb"), region=place.text("region"), country=country[0] if country else None,
+            price_micro_h=price, supports=_SUPPORTS, vram_gb=has.whole("vram_per_gpu_in_gb") if gpus else None,
             availability="high",  # there is some; how much is not said
-            vram_gb=has.whole("vram_per_gpu_in_gb") if gpus else None,
-        )
+        )  # fmt: skip
 
 
 def _docker(spec: base.Spec) -> dict[str, Any]:
@@ -196,6 +187,17 @@ def _auto_delete(hard_stop_at: datetime, price_micro_h: int | None, *, spent_mic
         cents = -(-(spent_micro + price_micro_h * seconds // 3600) // 10_000)
         ending["spend_threshold"] = f"{cents // 100}.{cents % 100:02d}"
     return ending
+
+
+def _price(instance: Document) -> int | None:
+    """What it costs an hour; where that is not told, what its threshold was reckoned with."""
+    ending = instance.find("auto_delete")
+    if instance.has("hourly_price"):
+        return instance.cents("hourly_price")
+    if ending is None or not (ending.has("date_threshold") and ending.has("spend_threshold")):
+        return None
+    life = ending.moment("date_threshold") - instance.moment("created_at")
+    return ending.usd("spend_threshold") * 3600 // max(1, int(life.total_seconds()) + _SPARE_SECONDS)
 
 
 def _tags(instance: Document) -> list[str]:
