@@ -3,7 +3,7 @@
 import functions_framework.aio
 from starlette.requests import Request
 
-from gpubroker import idempotency, paging, prices, quotes, web
+from gpubroker import idempotency, paging, prices, quotes, store, web
 from gpubroker import offers as domain
 from gpubroker.inputs import NoQuery, Nothing
 from gpubroker.resources import Page
@@ -20,7 +20,7 @@ async def search_offers(call: web.Call[Nothing, domain.Search]) -> web.Handled:
     """Search what can be rented now."""
 
     async def read() -> bytes:
-        async with call.transaction() as tx:
+        async with call.transaction(store.BY_INDEX) as tx:
             return (await domain.search_offers(tx, call.query)).model_dump_json().encode()
 
     version = await call.glimpse()

@@ -3,16 +3,17 @@
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict
+from functools import lru_cache
 from statistics import median_low
-from typing import Any, Final
+from struct import Struct
+from typing import Final
 
 from gpubroker import config, errors, gpus, outbox, store
 from gpubroker.events import OffersData, ProviderData
 from gpubroker.money import LARGEST, format_usd
 from gpubroker.providers import registry
-from gpubroker.providers.base import Provider, ProviderOffer
+from gpubroker.providers.base import Provider, ProviderOffer, Support
 from gpubroker.providers.registry import Adapters
 from gpubroker.store import catalog as rows
 
@@ -22,36 +23,55 @@ _LIST_SECONDS: Final = 60
 _MOST_SECONDS: Final = 10**9
 _MOST_GB: Final = 10**7
 _MOST_UNITS: Final = 4096
+_MOST_MICRO: Final = LARGEST // 10_000
+_SINGLE: Final = Struct("f")
+_TURN: Final = 25
+"""Offers that are read at once; then others of this process, who may be searching, have their turn."""
 _FEW: Final = 3
 """Offers of a model that make its median worth something."""
 _FAR: Final = 10
 """A price so many times off the median of its model is more likely a mistake than a bargain (skypilot#4904, #3794)."""
 
 
+class Round:
+    """Refreshes that run together: few of them work at once, and all doubt prices by the same medians."""
+
+    def __init__(self, most: int = 1) -> None:
+        self.gate = asyncio.Semaphore(most)
+        """Within which listings are read and written; the vendors are asked outside."""
+        self._reading = asyncio.Lock()
+        self._medians: Mapping[str, int] | None = None
+
+    async def read_medians(self) -> Mapping[str, int]:
+        """The medians of before: what a vendor lists in this round moves none."""
+        async with self._reading:
+            if self._medians is None:
+                async with store.worker() as tx:
+                    self._medians = await rows.read_medians(tx.conn, _FEW)
+            return self._medians
+
+
 async def refresh_all(adapters: Adapters) -> dict[str, str]:
     """Refresh every provider that is on and due. Says of each what came of it, in a line."""
     names = registry.enabled(config.settings())
-    gate = asyncio.Semaphore(max(1, config.settings().pool_size // 2))
-    said = await asyncio.gather(*(_refresh(adapters, name, gate) for name in names))
+    together = Round(max(1, config.settings().pool_size // 2))
+    said = await asyncio.gather(*(_refresh(adapters, name, together) for name in names))
     return dict(zip(names, said, strict=True))
 
 
-async def _refresh(adapters: Adapters, name: str, gate: asyncio.Semaphore) -> str:
+async def _refresh(adapters: Adapters, name: str, together: Round) -> str:
     try:
-        changes = await refresh_offers(adapters.get(name), config.settings().tick_seconds, gate)
+        changes = await refresh_offers(adapters.get(name), config.settings().tick_seconds, together)
     except (errors.GpubrokerError, TimeoutError, OSError) as error:
         log.warning("the offers of %s were not refreshed: %s %s", name, type(error).__name__, error)
         return f"failed: {type(error).__name__} {error}"
     return "not due" if changes is None else f"{changes.changed} changed, {changes.gone} gone"
 
 
-async def refresh_offers(
-    provider: Provider, tick_seconds: int, gate: AbstractAsyncContextManager[object] | None = None
-) -> rows.Changes | None:
+async def refresh_offers(provider: Provider, tick_seconds: int, together: Round | None = None) -> rows.Changes | None:
     """Make the provider's offers in the database what it says now; None when a refresh is not due yet.
 
-    A provider that fails, or answers in part, loses no offer: they grow stale and say so. Large listings are written through
-    `gate`, so that they do not take all connections; asking the vendor needs none.
+    A provider that fails, or answers in part, loses no offer: they grow stale and say so.
     """
     capabilities = provider.capabilities
     every = max(capabilities.refresh_seconds, tick_seconds)
@@ -67,22 +87,24 @@ async def refresh_offers(
     except (errors.ProviderError, TimeoutError, OSError) as error:
         await _give_up(provider.name, account_id, refresh_id, f"{type(error).__name__}: {error}")
         raise
-    async with gate or nullcontext(), store.worker() as tx:
-        medians = None if capabilities.priced_by_operator else await rows.read_medians(tx.conn, _FEW)
-        offers = _read_offers(listed, medians)
-        changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
-        await rows.end_refresh(
-            tx.conn,
-            refresh_id,
-            complete=True,
-            seen=len(listed),
-            changed=changes.changed,
-            quarantined=len(listed) - sum(offer.quarantined is None for offer in offers),
-        )
-        await rows.trust_account(tx.conn, account_id, began_at)
-        if changes.changed or changes.gone:
-            data = OffersData(provider=provider.name, seen=len(listed), changed=changes.changed, gone=changes.gone)
-            await outbox.write(tx, "offers.refreshed", account_id, data, tenant=None, agent_id=None)
+    together = together or Round()
+    async with together.gate:
+        medians = None if capabilities.priced_by_operator else await together.read_medians()
+        offers = await _read_offers(listed, medians)
+        async with store.worker(store.BY_INDEX) as tx:
+            changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
+            await rows.end_refresh(
+                tx.conn,
+                refresh_id,
+                complete=True,
+                seen=len(listed),
+                changed=changes.changed,
+                quarantined=len(listed) - sum(offer.quarantined is None for offer in offers),
+            )
+            await rows.trust_account(tx.conn, account_id, began_at)
+            if changes.changed or changes.gone:
+                data = OffersData(provider=provider.name, seen=len(listed), changed=changes.changed, gone=changes.gone)
+                await outbox.write(tx, "offers.refreshed", account_id, data, tenant=None, agent_id=None)
     return changes
 
 
@@ -101,21 +123,26 @@ def describe(provider: Provider) -> dict[str, object]:
     return described
 
 
-def _read_offers(listed: Sequence[ProviderOffer], medians: Mapping[str, int] | None) -> list[rows.NewOffer]:
+async def _read_offers(listed: Sequence[ProviderOffer], medians: Mapping[str, int] | None) -> list[rows.NewOffer]:
     """What a provider lists, without what cannot be; of an offer that is listed twice the cheaper.
 
     What can be but is not to be believed is kept in quarantine, where nobody finds it. Without medians all is believed.
     """
-    cheapest: dict[tuple[str, str, bool], ProviderOffer] = {}
-    for offer in filter(_is_possible, listed):
-        first = cheapest.setdefault((offer.provider_offer_id, offer.region, offer.spot), offer)
-        if offer.price_micro_h < first.price_micro_h:
-            cheapest[offer.provider_offer_id, offer.region, offer.spot] = offer
-    read = [_read_offer(offer) for offer in cheapest.values()]
+    cheapest: dict[rows.Key, rows.NewOffer] = {}
+    for start in range(0, len(listed), _TURN):
+        for offer in map(_read_offer, filter(_is_possible, listed[start : start + _TURN])):
+            first = cheapest.setdefault(rows.KEY(offer), offer)
+            if offer.price_micro_h < first.price_micro_h:
+                cheapest[rows.KEY(offer)] = offer
+        await asyncio.sleep(0)
+    read = list(cheapest.values())
     if medians is None:
         return read
-    known = {**_find_medians(read), **medians}
-    return [offer._replace(quarantined=offer.quarantined or _doubt_price(offer, known)) for offer in read]
+    known = {**_find_medians([offer for offer in read if offer.gpu not in medians]), **medians}
+    for start in range(0, len(read), _TURN):
+        read[start : start + _TURN] = [_doubt_offer(offer, known) for offer in read[start : start + _TURN]]
+        await asyncio.sleep(0)
+    return read
 
 
 def _find_medians(offers: Sequence[rows.NewOffer]) -> dict[str, int]:
@@ -127,35 +154,62 @@ def _find_medians(offers: Sequence[rows.NewOffer]) -> dict[str, int]:
     return {gpu: median_low(found) for gpu, found in prices.items() if len(found) >= _FEW}
 
 
-def _doubt_price(offer: rows.NewOffer, medians: Mapping[str, int]) -> str | None:
+def _doubt_offer(offer: rows.NewOffer, medians: Mapping[str, int]) -> rows.NewOffer:
     median = medians.get(offer.gpu or "")
-    if not median or not offer.gpu_count:
-        return None
+    if not median or not offer.gpu_count or offer.quarantined:
+        return offer
     price = offer.price_micro_h / offer.gpu_count
     if median / _FAR < price < median * _FAR:
-        return None
-    return f"{format_usd(round(price))} USD per GPU and hour, where the median of {offer.gpu} is {format_usd(median)}"
+        return offer
+    shown = format_usd(round(price)), offer.gpu, format_usd(median)
+    return offer._replace(quarantined="{} USD per GPU and hour, where the median of {} is {}".format(*shown))
 
 
 def _is_possible(offer: ProviderOffer) -> bool:
     return (
-        0 < offer.price_micro_h <= LARGEST // 10_000
+        0 < offer.price_micro_h <= _MOST_MICRO
         and 0 <= offer.disk_micro_gb_h <= LARGEST // _MOST_GB
         and 0 <= offer.stopped_disk_micro_gb_h <= LARGEST // _MOST_GB
-        and 0 <= (offer.stopped_micro_h or 0) <= LARGEST // 10_000
+        and 0 <= (offer.stopped_micro_h or 0) <= _MOST_MICRO
         and 0 <= offer.gpu_count <= _MOST_UNITS
         and 0 <= offer.vcpus < _MOST_UNITS
-        and all(0 <= size <= _MOST_GB for size in (offer.ram_gb, offer.disk_gb, offer.disk_base_gb, offer.vram_gb or 0))
+        and 0 <= offer.ram_gb <= _MOST_GB - 1
+        and 0 <= offer.disk_gb <= _MOST_GB
+        and 0 <= offer.disk_base_gb <= _MOST_GB
+        and 0 <= (offer.vram_gb or 0) <= _MOST_GB
         and 0 <= offer.min_billing_s <= _MOST_SECONDS
         and 0 < offer.increment_s <= _MOST_SECONDS
     )
 
 
+@lru_cache(256)
+def _sort(supports: frozenset[Support]) -> list[str]:
+    return sorted(supports)
+
+
 def _read_offer(offer: ProviderOffer) -> rows.NewOffer:
     model = gpus.recognise(offer.gpu, offer.vram_gb) if offer.gpu else None
-    values: dict[str, Any] = {name: getattr(offer, name, None) for name in rows.NewOffer._fields}
-    quarantined = None if offer.currency == "USD" else f"priced in {offer.currency[:16]}"
-    values |= {"supports": sorted(offer.supports), "quarantined": quarantined}
-    if model is not None:
-        values |= {"gpu": model.name, "vram_gb": model.vram_gb}
-    return rows.NewOffer(**values)
+    is_told = offer.reliability is not None and 0 <= offer.reliability <= 1
+    return rows.NewOffer(
+        provider_offer_id=offer.provider_offer_id,
+        gpu=model.name if model else offer.gpu,
+        gpu_count=offer.gpu_count,
+        vram_gb=model.vram_gb if model else offer.vram_gb,
+        vcpus=round(offer.vcpus, 2),
+        ram_gb=round(offer.ram_gb, 1),
+        disk_gb=offer.disk_gb,
+        disk_base_gb=offer.disk_base_gb,
+        disk_micro_gb_h=offer.disk_micro_gb_h,
+        region=offer.region,
+        country=offer.country,
+        spot=offer.spot,
+        price_micro_h=offer.price_micro_h,
+        stopped_micro_h=offer.stopped_micro_h,
+        stopped_disk_micro_gb_h=offer.stopped_disk_micro_gb_h,
+        min_billing_s=offer.min_billing_s,
+        increment_s=offer.increment_s,
+        supports=_sort(offer.supports),
+        reliability=_SINGLE.unpack(_SINGLE.pack(offer.reliability))[0] if is_told else None,
+        availability=offer.availability,
+        quarantined=None if offer.currency == "USD" else f"priced in {offer.currency[:16]}",
+    )

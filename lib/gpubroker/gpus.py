@@ -7,7 +7,7 @@ and memory out: `h100` asks for every H100.
 
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final
 
 
@@ -94,6 +94,7 @@ _TAIL: Final = re.compile(
 _LARGEST_GB: Final = 300  # more is the memory of the host, or of all GPUs together: GH200_480GB, gpu-h100x8-640gb
 _HOSTS: Final = {624: 144}  # GB of a GH200's two memories together, by name: what of it is the GPU's
 _LEAST_SHARE: Final = 0.75  # drivers and ECC take some: vendors say 22 for 24
+_SPELLINGS: Final = 4096  # that are known at once: there are some hundred, but anybody may ask for anything
 _FORMS: Final = {"sxm": "SXM", "pcie": "PCIe", "nvl": "NVL", "nvlink": "SXM"}
 
 
@@ -130,7 +131,7 @@ class _Reading:
     vram_gb: int | None
 
 
-@cache
+@lru_cache(_SPELLINGS)
 def _read(text: str) -> _Reading | None:
     plain = re.sub(r"[_\-()/,+|]", " ", text.lower())
     spelled = compact(_NOISE.sub(" ", _COUNT.sub(" ", plain)))
@@ -153,6 +154,7 @@ def _read(text: str) -> _Reading | None:
     return None
 
 
+@lru_cache(_SPELLINGS)
 def recognise(text: str, vram_gb: int | None = None) -> Model | None:
     """The model that a vendor's spelling means; `vram_gb` decides where the spelling does not. None: unknown to us.
 

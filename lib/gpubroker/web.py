@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import asynccontextmanager
 from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Final, Generic, LiteralString, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_plus
 
 from pydantic import BaseModel, ValidationError
@@ -96,9 +96,9 @@ class Call(Generic[B, Q]):
         return cast("str", self.request.path_params[name])
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[store.Transaction]:
+    async def transaction(self, settings: LiteralString = "") -> AsyncGenerator[store.Transaction]:
         """A transaction of the caller: authenticated now, so that a revocation is obeyed in the middle of a wait too."""
-        async with store.public(self.credential, self.operation.scope) as tx:
+        async with store.public(self.credential, self.operation.scope, settings) as tx:
             await self.count(tx.known)
             yield tx
 

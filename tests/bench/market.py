@@ -9,6 +9,7 @@ import psycopg
 
 from gpubroker import gpus
 from gpubroker.money import format_usd
+from gpubroker.providers.base import Availability, ProviderOffer, Support
 from gpubroker.store.offers import Question
 
 OFFERS = 100_000
@@ -16,14 +17,16 @@ _VENDORS, _MODELS = 12, 60
 _COLUMNS = """id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb, region, country, spot,
 price_micro_h, stopped_micro_h, min_billing_s, increment_s, supports, reliability, availability, changed_at"""
 _PLACES = (("eu-1", "FI"), ("eu-2", "DE"), ("us-1", "US"), ("us-2", "US"), ("ap-1", "JP"), ("ca-1", "CA"))
-_SUPPORTS = (["image", "ssh"], ["image", "exec", "logs", "ports"], ["image", "exec", "logs", "ports", "stop", "ssh"])
+_SUPPORTS: tuple[frozenset[Support], ...] = (
+    frozenset({"image", "ssh"}),
+    frozenset({"image", "exec", "logs", "ports"}),
+    frozenset({"image", "exec", "logs", "ports", "stop", "ssh"}),
+)
+_AVAILABILITY: tuple[Availability, ...] = ("none", "low", "medium", "high")
 
 
 def fill(database_url: str) -> None:
     """Write the market, always the same one."""
-    chance = random.Random(1)
-    models = list(gpus.models().values())[:_MODELS]
-    chance.shuffle(models)
     with psycopg.connect(database_url, autocommit=True) as conn:
         accounts = [
             conn.execute(
@@ -33,23 +36,37 @@ def fill(database_url: str) -> None:
             ).fetchone()
             for n in range(_VENDORS)
         ]
+        chance = random.Random(1)
         with conn.cursor() as cursor, cursor.copy(f"COPY offer ({_COLUMNS}) FROM STDIN") as copy:
-            for n in range(OFFERS):
+            for n, offer in enumerate(make_offers(OFFERS, 1)):
                 account_id, provider = chance.choices(accounts, _falling(_VENDORS))[0] or ("", "")
-                model = chance.choices(models, _falling(_MODELS))[0]
-                count = chance.choices((1, 2, 4, 8), (6, 2, 2, 3))[0]
-                region, country = chance.choice(_PLACES)
                 copy.write_row((
-                    f"ofr_{n:026d}", account_id, provider, f"bench-{n}", model.name, count, model.vram_gb, 8 * count, 64 * count,
-                    500, region, country, chance.random() < 0.2, round(count * model.vram_gb * chance.uniform(15_000, 60_000)),
-                    None, 0, 1, chance.choice(_SUPPORTS), chance.uniform(0.9, 1),
-                    chance.choices(("none", "low", "medium", "high"), (3, 2, 2, 5))[0], "2026-01-01",
+                    f"ofr_{n:026d}", account_id, provider, offer.provider_offer_id, offer.gpu, offer.gpu_count, offer.vram_gb,
+                    offer.vcpus, offer.ram_gb, offer.disk_gb, offer.region, offer.country, offer.spot, offer.price_micro_h,
+                    None, 0, 1, sorted(offer.supports), offer.reliability, offer.availability, "2026-01-01",
                 ))  # fmt: skip
         conn.execute(
             "INSERT INTO offer_shape SELECT DISTINCT gpu, gpu_count, vram_gb FROM offer ON CONFLICT DO NOTHING"
         )
         conn.execute("VACUUM ANALYZE offer")
         conn.execute("ANALYZE")
+
+
+def make_offers(number: int, seed: int) -> Iterator[ProviderOffer]:
+    """So many offers as vendors would list them: most of few models, of all places, at all prices."""
+    chance = random.Random(seed)
+    models = list(gpus.models().values())[:_MODELS]
+    random.Random(1).shuffle(models)
+    for n in range(number):
+        model = chance.choices(models, _falling(_MODELS))[0]
+        count = chance.choices((1, 2, 4, 8), (6, 2, 2, 3))[0]
+        region, country = chance.choice(_PLACES)
+        yield ProviderOffer(
+            provider_offer_id=f"bench-{n}", gpu=model.name, gpu_count=count, vram_gb=model.vram_gb, vcpus=8 * count,
+            ram_gb=64 * count, disk_gb=500, region=region, country=country, spot=chance.random() < 0.2,
+            price_micro_h=round(count * model.vram_gb * chance.uniform(15_000, 60_000)), supports=chance.choice(_SUPPORTS),
+            reliability=chance.uniform(0.9, 1), availability=chance.choices(_AVAILABILITY, (3, 2, 2, 5))[0],
+        )  # fmt: skip
 
 
 def _falling(n: int) -> list[float]:

@@ -55,7 +55,7 @@ async def _both(ground: Ground) -> AsyncGenerator[tuple[Served, Served]]:
 
 async def _search_store(asked: Sequence[market.Asked]) -> list[float]:
     seconds: list[float] = []
-    async with store.worker() as tx:
+    async with store.worker(store.BY_INDEX) as tx:
         for each in asked:
             await plans.offers_read(tx.conn, each.question)
         for each in asked:

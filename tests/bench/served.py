@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,8 +18,12 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 30
 
 
+@cache
 def cores() -> tuple[set[int], set[int]]:
-    """The core of what is measured, and those of all else: clients, PostgreSQL, Valkey. With one core both are that."""
+    """The core of what is measured, and those of all else: clients, PostgreSQL, Valkey. With one core both are that.
+
+    Of those that there were when it was first asked: clients keep to their own after that.
+    """
     first, *rest = sorted(os.sched_getaffinity(0))
     return {first}, set(rest) or {first}
 

@@ -371,6 +371,17 @@ async def test_a_refresh_without_a_change_writes_no_offer_no_price_and_no_event(
     assert written() == before
 
 
+async def test_numbers_finer_than_columns_are_no_change_the_next_time(world: World):
+    finer = replace(OFFERS[0], provider_offer_id="finer", vcpus=0.125, ram_gb=1.25, reliability=0.98765432101)
+    odd = replace(OFFERS[0], provider_offer_id="odd", reliability=float("nan"))
+    world.provider.offers = [*OFFERS, finer, odd]
+    assert await refresh(world) == refreshes.Changes(2, 0)
+    assert await refresh(world) == refreshes.Changes(0, 0)
+    shown = {item["provider_offer_id"]: item for item in await found(world, {"gpu": "h100"})}
+    assert shown["odd"]["reliability"] is None
+    assert abs(shown["finer"]["reliability"] - finer.reliability) < 1e-6
+
+
 async def test_a_refresh_writes_the_one_offer_that_changed_and_its_price(world: World):
     before = {row["id"]: row["changed_at"] for row in world.query("SELECT id, changed_at FROM offer")}
     cheaper = replace(OFFERS[0], price_micro_h=1_900_000)
@@ -412,7 +423,7 @@ async def test_one_account_never_touches_the_offers_of_another(world: World):
 
 ODD: tuple[dict[str, Any], ...] = (
     {"price_micro_h": 0}, {"price_micro_h": -1}, {"price_micro_h": 10**12}, {"gpu_count": -1}, {"increment_s": 0},
-    {"vcpus": 1e9}, {"vcpus": float("nan")}, {"ram_gb": 1e12}, {"disk_gb": 10**12}, {"min_billing_s": -5},
+    {"vcpus": 1e9}, {"vcpus": float("nan")}, {"ram_gb": 1e12}, {"ram_gb": 10**7}, {"disk_gb": 10**12}, {"min_billing_s": -5},
     {"disk_micro_gb_h": -1}, {"disk_micro_gb_h": 10**18}, {"stopped_micro_h": -7},
 )  # fmt: skip
 
@@ -470,10 +481,12 @@ async def test_the_first_twenty_of_twenty_thousand_are_read_by_index(world: Worl
         ({"min_vram_gb": 80}, "price"),
     ]
     cases += [({"supports": ["exec"]}, "price"), ({"max_price_usd_per_hour": 5_000_000}, "price")]
+    cases += [({"gpu": ["L4"], "supports": ["exec", "image"], "min_reliability": 0.5}, "price")]
+    cases += [({"min_vram_gb": 24, "supports": ["exec"], "max_price_usd_per_gpu_hour": 5_000_000}, "price")]
     for filters, sort in cases:
         for descending in (False, True):
             with subtests.test(filters=filters, sort=sort, descending=descending):
-                async with store.worker() as tx:
+                async with store.worker(store.BY_INDEX) as tx:
                     read = await plans.offers_read(tx.conn, rows.Question(filters, sort, descending, limit=20))
                 assert read < 1000, f"{read} offers were read for 20"
 

@@ -26,6 +26,12 @@ Pool = AsyncConnectionPool[Connection]
 _WAIT_SECONDS: Final = 15.0
 _BEGIN_WORKER: Final = "BEGIN; SET LOCAL ROLE gpubroker_worker; SET LOCAL statement_timeout = '60s'"
 _BEGIN_PUBLIC: Final = "BEGIN; SET LOCAL ROLE gpubroker_public; SET LOCAL statement_timeout = '15s'"
+BY_INDEX: Final = (
+    "; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL jit = off"
+    "; SET LOCAL plan_cache_mode = force_generic_plan"
+)
+"""For a transaction that searches: along an index in its order, whatever the planner guesses, by one plan a connection."""
+
 _OPEN: Final = (psycopg.pq.TransactionStatus.INTRANS, psycopg.pq.TransactionStatus.INERROR)
 
 
@@ -141,9 +147,9 @@ async def check() -> None:
 
 
 @asynccontextmanager
-async def worker() -> AsyncGenerator[Transaction]:
-    """A transaction that sees all organisations, for consumers and ticks."""
-    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER) as tx:
+async def worker(settings: LiteralString = "") -> AsyncGenerator[Transaction]:
+    """A transaction that sees all organisations, for consumers and ticks. `settings` such as BY_INDEX hold within it."""
+    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_WORKER + settings) as tx:
         yield tx
 
 
@@ -155,12 +161,14 @@ async def anonymous() -> AsyncGenerator[Transaction]:
 
 
 @asynccontextmanager
-async def public(credential: Credential, scope: str | None) -> AsyncGenerator[Transaction]:
-    """A transaction of the caller whose credential this is, within its organisation.
+async def public(
+    credential: Credential, scope: str | None, settings: LiteralString = ""
+) -> AsyncGenerator[Transaction]:
+    """A transaction of the caller whose credential this is, within its organisation. `settings` as for `worker`.
 
     Raises Unauthenticated, or Forbidden when the caller's rights lack `scope`.
     """
-    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC) as tx:
+    async with connection() as conn, _transaction(Transaction(conn), _BEGIN_PUBLIC + settings) as tx:
         tx.caller = await authenticate(conn, credential, scope)
         yield tx
 

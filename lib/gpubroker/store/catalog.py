@@ -1,10 +1,11 @@
 """Rows of `provider_account`, `refresh`, `offer` and `offer_price` as refreshes write them."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Final, NamedTuple
 
-from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection
@@ -30,7 +31,7 @@ async def ensure_account(
 
 
 class NewOffer(NamedTuple):
-    """An offer to be written, in the columns' units."""
+    """An offer as its columns hold it: `vcpus` in hundredths, `ram_gb` in tenths, `reliability` in single precision."""
 
     provider_offer_id: str
     gpu: str | None
@@ -62,7 +63,21 @@ class Changes(NamedTuple):
     gone: int
 
 
-_MERGE: Final = """
+Key = tuple[str, str, bool]
+KEY: Final = itemgetter(*map(NewOffer._fields.index, ("provider_offer_id", "region", "spot")))
+"""What tells an offer from the others of its account."""
+
+_TURN: Final = 50
+"""Offers that are worked at once; then others of this process, who may be searching, have their turn."""
+_LOT: Final = 1000
+"""Offers that are written in one statement."""
+
+_LIVE: Final = """
+SELECT provider_offer_id, gpu, gpu_count, vram_gb, vcpus::float, ram_gb::float, disk_gb, disk_base_gb, disk_micro_gb_h, region,
+       country, spot, price_micro_h, stopped_micro_h, stopped_disk_micro_gb_h, min_billing_s, increment_s, supports,
+       reliability, availability, quarantined
+  FROM offer WHERE account_id = %s AND gone_at IS NULL"""
+_WRITE: Final = """
 WITH input AS (
     SELECT * FROM jsonb_to_recordset(%(offers)s) AS n(
         provider_offer_id text, gpu text, gpu_count int, vram_gb int, vcpus numeric(6,2), ram_gb numeric(8,1), disk_gb int,
@@ -70,29 +85,20 @@ WITH input AS (
         stopped_micro_h bigint, stopped_disk_micro_gb_h bigint,
         min_billing_s int, increment_s int, supports text[], reliability real, availability text,
         quarantined text)
-), differing AS (
-    SELECT n.*, o.price_micro_h AS price_before
+), before AS (
+    SELECT n.*, o.id, o.price_micro_h AS price_before
       FROM input n LEFT JOIN offer o ON o.account_id = %(account)s AND o.provider_offer_id = n.provider_offer_id
                                     AND o.region = n.region AND o.spot = n.spot
-     WHERE (o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.disk_base_gb, o.disk_micro_gb_h, o.country,
-            o.price_micro_h, o.stopped_micro_h, o.stopped_disk_micro_gb_h,
-            o.min_billing_s, o.increment_s, o.supports, o.reliability, o.availability,
-            o.quarantined, o.gone_at)
-           IS DISTINCT FROM
-           (n.gpu, n.gpu_count, n.vram_gb, n.vcpus, n.ram_gb, n.disk_gb, n.disk_base_gb, n.disk_micro_gb_h, n.country,
-            n.price_micro_h, n.stopped_micro_h, n.stopped_disk_micro_gb_h,
-            n.min_billing_s, n.increment_s, n.supports, n.reliability, n.availability,
-            n.quarantined, NULL::timestamptz)
 ), written AS (
     INSERT INTO offer AS o (id, account_id, provider, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
         disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h,
         stopped_disk_micro_gb_h, min_billing_s, increment_s,
         supports, reliability, availability, quarantined, changed_at)
-    SELECT new_id('ofr'), %(account)s, %(provider)s, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb, disk_gb,
-           disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h,
-        stopped_disk_micro_gb_h, min_billing_s, increment_s,
+    SELECT coalesce(id, new_id('ofr')), %(account)s, %(provider)s, provider_offer_id, gpu, gpu_count, vram_gb, vcpus, ram_gb,
+           disk_gb, disk_base_gb, disk_micro_gb_h, region, country, spot, price_micro_h, stopped_micro_h,
+           stopped_disk_micro_gb_h, min_billing_s, increment_s,
            supports, reliability, availability, quarantined, clock_timestamp()
-      FROM differing
+      FROM before
       ON CONFLICT (account_id, provider_offer_id, region, spot) DO UPDATE
          SET gpu = excluded.gpu, gpu_count = excluded.gpu_count, vram_gb = excluded.vram_gb, vcpus = excluded.vcpus,
              ram_gb = excluded.ram_gb, disk_gb = excluded.disk_gb, disk_base_gb = excluded.disk_base_gb,
@@ -105,32 +111,40 @@ WITH input AS (
     RETURNING o.id, o.provider_offer_id, o.region, o.spot, o.price_micro_h
 ), history AS (
     INSERT INTO offer_price (offer_id, at, price_micro_h)
-    SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w JOIN differing d USING (provider_offer_id, region, spot)
-     WHERE d.price_before IS DISTINCT FROM w.price_micro_h
-), shapes AS (
-    INSERT INTO offer_shape (gpu, gpu_count, vram_gb)
-    SELECT DISTINCT gpu, gpu_count, coalesce(vram_gb, 0) FROM input WHERE gpu IS NOT NULL
-        ON CONFLICT DO NOTHING
-), gone AS (
-    UPDATE offer o SET gone_at = clock_timestamp()
-     WHERE o.account_id = %(account)s AND o.gone_at IS NULL
-       AND NOT EXISTS (SELECT FROM input n
-                        WHERE n.provider_offer_id = o.provider_offer_id AND n.region = o.region AND n.spot = o.spot)
-    RETURNING o.id
+    SELECT w.id, clock_timestamp(), w.price_micro_h FROM written w JOIN before b USING (provider_offer_id, region, spot)
+     WHERE b.price_before IS DISTINCT FROM w.price_micro_h
 )
-SELECT (SELECT count(*) FROM written)::int AS changed, (SELECT count(*) FROM gone)::int AS gone"""
+INSERT INTO offer_shape (gpu, gpu_count, vram_gb)
+SELECT DISTINCT gpu, gpu_count, coalesce(vram_gb, 0) FROM input WHERE gpu IS NOT NULL
+    ON CONFLICT DO NOTHING"""
+_END: Final = """
+UPDATE offer SET gone_at = clock_timestamp()
+ WHERE account_id = %s AND gone_at IS NULL
+   AND (provider_offer_id, region, spot) IN (SELECT * FROM unnest(%s::text[], %s::text[], %s::boolean[]))"""
 
 
 async def merge_offers(conn: Connection, account_id: str, provider: str, offers: Sequence[NewOffer]) -> Changes:
-    """Make the account's offers these: only what differs is written or locked, what is missing is gone. One statement."""
-    values = [{name: getattr(offer, name) for name in NewOffer._fields} for offer in offers]
-    cursor = conn.cursor(row_factory=class_row(Changes))
-    # PostgreSQL takes a JSON array for 100 rows: 20,000 offers would be compared with each of 20,000.
-    await conn.execute("SET LOCAL enable_nestloop = off")
-    await cursor.execute(_MERGE, {"offers": Jsonb(values), "account": account_id, "provider": provider})
-    changes = await cursor.fetchone()
-    await conn.execute("SET LOCAL enable_nestloop = on")
-    return changes or Changes(0, 0)
+    """Make the account's live offers these: only what differs is written or locked, what is missing is gone."""
+    new = {KEY(offer): offer for offer in offers}
+    changed: list[NewOffer] = []
+    gone: list[Key] = []
+    async with conn.cursor(binary=True) as cursor:
+        await cursor.execute(_LIVE, (account_id,))
+        while live := await cursor.fetchmany(_TURN):
+            for row in live:
+                offer = new.pop(KEY(row), None)
+                if offer is None:
+                    gone.append(KEY(row))
+                elif offer != row:
+                    changed.append(offer)
+            await asyncio.sleep(0)
+    changed += new.values()
+    for start in range(0, len(changed), _LOT):
+        lot = [offer._asdict() for offer in changed[start : start + _LOT]]
+        await conn.execute(_WRITE, {"offers": Jsonb(lot), "account": account_id, "provider": provider})
+    if gone:
+        await conn.execute(_END, (account_id, *map(list, zip(*gone, strict=True))))
+    return Changes(len(changed), len(gone))
 
 
 _MEDIANS: Final = """

@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, LiteralString, NamedTuple
 
-from psycopg.rows import class_row
+from psycopg.rows import class_row, dict_row
 
 from gpubroker.resources.offers import Gpu, Offer, PriceStep, ProviderView
 from gpubroker.store import Connection
 from gpubroker.store.candidates import Candidate
 
 _COLUMNS: Final = """
-SELECT o.id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus, o.ram_gb, o.disk_gb, o.region, o.country,
-       o.spot, o.min_billing_s AS min_billing_seconds, o.increment_s AS billing_increment_seconds,
+SELECT o.id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus::float, o.ram_gb::float, o.disk_gb,
+       o.region, o.country, o.spot, o.min_billing_s AS min_billing_seconds, o.increment_s AS billing_increment_seconds,
        o.supports, o.reliability, o.availability,
        p.refreshed_at AS observed_at, p.refreshed_at + p.stale_after_s * interval '1 second' < clock_timestamp() AS stale, """
 _PRICE: Final = """o.price_micro_h AS price_usd_per_hour, o.stopped_micro_h AS stopped_price_usd_per_hour,
@@ -83,7 +83,8 @@ class Question(NamedTuple):
 
 
 _OF_ACCOUNT: Final = " JOIN provider_account p ON p.id = o.account_id AND p.refreshed_at IS NOT NULL"
-_WITHIN: Final = "SELECT o.* FROM offer o WHERE o.gpu = s.gpu AND o.gpu_count = s.gpu_count AND o.gone_at IS NULL"
+_EACH: Final = """
+ CROSS JOIN LATERAL (SELECT o.* FROM offer o WHERE o.gpu = s.gpu AND o.gpu_count = s.gpu_count AND o.gone_at IS NULL"""
 _PLAIN: Final[Mapping[str, LiteralString]] = {
     "max_price_usd_per_hour": "o.price_micro_h <= %(max_price_usd_per_hour)s",
     "max_price_usd_per_gpu_hour": "o.per_gpu <= %(max_price_usd_per_gpu_hour)s AND o.gpu_count > 0",
@@ -103,19 +104,22 @@ _SHAPES: Final[Mapping[str, LiteralString]] = {
 
 
 async def search(conn: Connection, question: Question) -> list[tuple[int, Offer]]:
-    """Offers in the order asked for, each with its sort value; by index, whatever the filters."""
+    """Offers in the order asked for, each with its sort value; by index, whatever the filters, where BY_INDEX is set."""
     by = (_SORTS_WITH_DISK if question.disk_gb else _SORTS)[question.sort]
     rules: LiteralString = _OPEN + (_AVAILABLE if question.available else "")
     if question.after is not None:
         rules += " AND (" + by + ", o.id) " + ("<" if question.descending else ">") + " (%(after_value)s, %(after_id)s)"
-    way = " DESC" if question.descending else ""
-    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way
     columns: LiteralString = _COLUMNS + (_PRICE_WITH_DISK if question.disk_gb else _PRICE) + ", " + by + " AS place"
-    return await _fetch(conn, columns + _compose(question.filters, question.disk_gb, rules, order), question)
+    sql = columns + _compose(question.filters, question.disk_gb, rules, by, descending=question.descending)
+    return await _fetch(conn, sql, question)
 
 
-def _compose(filters: Mapping[str, Any], disk_gb: int, rules: LiteralString, order: LiteralString) -> LiteralString:
+def _compose(
+    filters: Mapping[str, Any], disk_gb: int, rules: LiteralString, by: LiteralString, *, descending: bool = False
+) -> LiteralString:
     """FROM to LIMIT of a search: along the index of its order, or, where a filter speaks of GPUs, within each shape."""
+    way = " DESC" if descending else ""
+    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way
     shaping = [name for name in _SHAPES if _has_gpu(filters, name)]
     plain = _PLAIN_WITHIN if shaping else _PLAIN
     for name, rule in FILTERS.items():
@@ -130,11 +134,28 @@ def _compose(filters: Mapping[str, Any], disk_gb: int, rules: LiteralString, ord
     shapes: LiteralString = "(SELECT DISTINCT gpu, gpu_count FROM offer_shape WHERE true"
     for name in shaping:
         shapes += " AND " + _SHAPES[name]
-    shapes += ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order
-    if "gpu" not in shaping:  # many shapes: the first n of all stand in the n shapes whose own first ones come first
-        shapes = "(SELECT s.gpu, s.gpu_count FROM " + shapes + " LIMIT 1) o" + order_limit
-        shapes += ") s CROSS JOIN LATERAL (" + _WITHIN + rules + order
-    return " FROM " + shapes + " LIMIT %(limit)s) o" + _OF_ACCOUNT + order_limit
+    shapes += ") s"
+    if "gpu" not in shaping:
+        shapes = _narrow(shapes, rules, by, order, descending=descending)
+        rules += " AND " + by + (" >= " if descending else " <= ") + "s.last"
+    return " FROM " + shapes + _EACH + rules + order_limit + ") o" + _OF_ACCOUNT + order_limit
+
+
+def _narrow(
+    shapes: LiteralString, rules: LiteralString, by: LiteralString, order: LiteralString, *, descending: bool
+) -> LiteralString:
+    """Of many shapes those that the first n offers are of, whose own first ones come first; `last` is the n-th of these.
+
+    No offer beyond `last` is among the first n, unless there are fewer shapes.
+    """
+    last: LiteralString = "min(place)" if descending else "max(place)"
+    beyond: LiteralString = "-1" if descending else "9223372036854775807"
+    firsts: LiteralString = "(SELECT s.gpu, s.gpu_count, " + by + " AS place FROM " + shapes + _EACH + rules + order
+    firsts += " LIMIT 1) o" + order + " LIMIT %(limit)s) s"
+    return (
+        "(SELECT s.*, CASE WHEN count(*) OVER () < %(limit)s THEN " + beyond + " ELSE " + last + " OVER () END AS last FROM "
+        + firsts + ") s"
+    )  # fmt: skip
 
 
 def _has_gpu(filters: Mapping[str, Any], name: str) -> bool:
@@ -146,13 +167,9 @@ async def _fetch(conn: Connection, sql: LiteralString, question: Question) -> li
     parameters = {**question.filters, "disk": question.disk_gb, "limit": question.limit}
     if question.after is not None:
         parameters |= {"after_value": question.after[0], "after_id": question.after[1]}
-    cursor = await conn.execute(sql, parameters)
-    names = [column.name for column in cursor.description or ()]
-    found: list[tuple[int, Offer]] = []
-    for row in await cursor.fetchall():
-        values = dict(zip(names, row, strict=True))
-        found.append((int(values.pop("place")), Offer(**values)))
-    return found
+    cursor = conn.cursor(row_factory=dict_row, binary=True)
+    await cursor.execute(sql, parameters)
+    return [(int(row.pop("place")), Offer(**row)) for row in await cursor.fetchall()]
 
 
 class NearOffer(NamedTuple):
@@ -184,6 +201,7 @@ async def explain(
     given = [name for name in FILTERS if name in filters]
     parameters = {**filters, "disk": disk_gb, "limit": limit}
     live: LiteralString = _FROM + _OPEN + (_AVAILABLE if available else "")
+    await conn.execute("SET LOCAL enable_seqscan = on")
     row = await (await conn.execute("SELECT " + counts + live, parameters)).fetchone()
     considered, *removed = row or (0,)
     nearest: LiteralString = "SELECT o.id AS offer_id, " + failed + " AS failed" + live
@@ -292,8 +310,7 @@ _OF_THESE: Final = " AND o.account_id = ANY (%(accounts)s)"
 async def list_candidates(conn: Connection, filters: Mapping[str, Any], disk_gb: int, limit: int) -> list[Candidate]:
     """The offers that a pod may use, cheapest first; those of a provider that was not refreshed lately come last."""
     by = (_SORTS_WITH_DISK if disk_gb else _SORTS)["price"]
-    order: LiteralString = " ORDER BY " + by + ", o.id"
-    sql: LiteralString = _CANDIDATE + _compose(filters, disk_gb, _OPEN + _AVAILABLE + _OF_THESE, order)
+    sql: LiteralString = _CANDIDATE + _compose(filters, disk_gb, _OPEN + _AVAILABLE + _OF_THESE, by)
     row = await (await conn.execute(_FRESH)).fetchone()
     found: list[Candidate] = []
     for accounts in row or ():
