@@ -48,7 +48,7 @@ class Dev:
 
     def __init__(self, data: Path, *words: str, port: int = 0, **environment: str) -> None:
         self.data = data
-        variables = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": str(LIB)}
+        variables = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "PYTHONPATH": str(LIB), "GPUBROKER_LOCAL_ENGINE": "none"}
         self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self.process = subprocess.Popen(
             [sys.executable, "-c", RUN, "dev", "--data", str(data), "--port", str(port), *words],

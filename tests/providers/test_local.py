@@ -654,6 +654,7 @@ def test_settings_are_read_and_wrong_ones_named(tmp_path: Path) -> None:
         GPUBROKER_LOCAL_RAM_GB="0.7500001",
         GPUBROKER_LOCAL_SLICE_VCPUS="0.1",
         GPUBROKER_LOCAL_PRICE_USD_PER_HOUR="0.003",
+        GPUBROKER_LOCAL_ENGINE="none",
     )
     offers = run(local.list_offers())
     assert [(offer.vcpus, offer.ram_gb, offer.price_micro_h) for offer in offers if offer.gpu is None] == [
@@ -671,6 +672,7 @@ def test_settings_are_read_and_wrong_ones_named(tmp_path: Path) -> None:
         ("GPUBROKER_LOCAL_SLICE_VCPUS", "0.001"),
         ("GPUBROKER_LOCAL_PRICE_USD_PER_HOUR", "cheap"),
         ("GPUBROKER_LOCAL_GPU_PRICE_USD_PER_HOUR", "0.00000001"),
+        ("GPUBROKER_LOCAL_ENGINE", "/usr/bin/podman"),
     ):
         with pytest.raises(SetupError) as caught:
             make(**{name: wrong})

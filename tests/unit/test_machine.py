@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpubroker.ids import base36
-from gpubroker.machine import capacity, cgroup, folder, journal, record, rental, tree
+from gpubroker.machine import capacity, cgroup, engine, folder, journal, record, rental, tree
 from gpubroker.machine.capacity import Gpu, Held, Machine, Share
 
 SPEC = folder.PodSpec(
@@ -235,6 +235,8 @@ def test_a_supervisor_loads_little() -> None:
         "random",
         "pydantic",
         "pynvml",
+        "gpubroker.machine.container",
+        "gpubroker.machine.engine",
     }
     assert heavy & set(done.stdout.split()) == set()
     assert len(done.stdout.split()) < 120
@@ -361,3 +363,58 @@ def test_nothing_writable_is_no_group(version_2: Path, monkeypatch: pytest.Monke
     assert cgroup.homes() == []
     assert cgroup.paths("gb-x", []) == []
     assert cgroup.create("gb-x", [], ram_bytes=1, vcpus_milli=1) == set()
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("podman", ["--device nvidia.com/gpu=GPU-1 --device nvidia.com/gpu=GPU-2", "NVIDIA_VISIBLE_DEVICES=void"]),
+        ("docker", ['--gpus "device=GPU-1,GPU-2"', "--init"]),
+    ],
+)
+def test_an_engine_is_asked_for_the_pods_share_and_nothing_else(kind: str, asked: list[str], tmp_path: Path) -> None:
+    folder.prepare(str(tmp_path))
+    used = engine.Engine(f"/usr/bin/{kind}", kind, ["memory"], joins=True, env={})._asdict()
+    spec = SPEC._replace(all=str(tmp_path),
+        image="docker.io/library/x:1", engine=used, gpu_count=2, machine_has_gpus=True, command=["run", "--it"],
+        env={"PLAIN": "secret-1", "LINES": "secret-2\n", "PATH": "secret-3"}, ports=[(80, "http"), (53, "udp")],
+    )  # fmt: skip
+    words = engine.described(spec, {"80": 20_080, "53": 20_053}, ["GPU-1", "GPU-2"])
+    line = " ".join(words)
+    assert all(text in line for text in asked), line
+    assert "--cap-drop ALL --security-opt no-new-privileges" in line
+    assert f"--memory {spec.ram_bytes}b" in line
+    assert "--cpus" not in words, "it cannot limit them"
+    assert "--publish 127.0.0.1:20080:80/tcp --publish 127.0.0.1:20053:53/udp" in line
+    assert line.endswith("-- docker.io/library/x:1 --it")
+    assert "--env LINES" in line
+    assert "secret" not in line
+    assert "privileged" not in line.replace("no-new-privileges", "")
+    none = engine.described(spec._replace(gpu_count=0), {"80": 1, "53": 2}, [])
+    assert "NVIDIA_VISIBLE_DEVICES=void" in none, "an image may ask for all"
+    assert not {"--gpus", "--device"} & set(none)
+
+
+@pytest.mark.parametrize(
+    ("image", "full"),
+    [
+        ("nginx", "docker.io/library/nginx"),
+        ("nginx:1.27-alpine", "docker.io/library/nginx:1.27-alpine"),
+        ("my_team/app@sha256:" + "0" * 64, "docker.io/my_team/app@sha256:" + "0" * 64),
+        ("registry.example/a/b:1", "registry.example/a/b:1"),
+        ("registry:5000/a", "registry:5000/a"),
+        ("localhost/a", "localhost/a"),
+        ("dir:/etc", None),
+        ("-v/:/host", None),
+        ("a/../b", None),
+        ("a b", None),
+        ("", None),
+    ],
+)
+def test_an_image_has_one_full_name(image: str, full: str | None) -> None:
+    assert engine.full_name(image) == full
+
+
+def test_a_line_break_in_what_an_engine_itself_reads_cannot_be_handed_over() -> None:
+    assert engine.can_hold({"KEY": "a\nb", "LD_PRELOAD": "/x.so", "docker_host": "x"})
+    assert not any(engine.can_hold({name: "a\nb"}) for name in ("LD_PRELOAD", "docker_host", "PATH", "https_proxy"))

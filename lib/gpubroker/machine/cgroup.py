@@ -27,13 +27,13 @@ class _Hierarchy(NamedTuple):
     controllers: frozenset[str]
     mounted_at: str
     own: str
-    """The folder of this process's group."""
+    """The folder of the process's group."""
 
 
-def _hierarchies() -> Iterator[_Hierarchy]:
-    """Every hierarchy that is mounted, with the place of this process in it."""
+def _hierarchies(process: int | str = "self") -> Iterator[_Hierarchy]:
+    """Every hierarchy that is mounted, with the place of a process in it."""
     paths: dict[frozenset[str], str] = {}
-    with open("/proc/self/cgroup", encoding="utf-8") as file:
+    with open(f"/proc/{process}/cgroup", encoding="utf-8") as file:
         for line in file:
             _, names, path = line.rstrip("\n").split(":", 2)
             paths[frozenset(names.split(",")) if names else frozenset()] = path
@@ -138,6 +138,14 @@ def _limit(group: str, home: Home, ram_bytes: int, vcpus_milli: int) -> None:
 def members(groups: tuple[str, ...]) -> set[int]:
     """The processes in a pod's groups, as this process numbers them."""
     return {int(pid) for group in groups for pid in _read(os.path.join(group, "cgroup.procs")).split()} - {0}
+
+
+def counting(pid: int) -> tuple[str, ...]:
+    """The groups that count what the kernel kills at the memory limit of a process. None when it has ended."""
+    try:
+        return tuple(h.own for h in _hierarchies(pid) if h.version == 2 or "memory" in h.controllers)  # noqa: PLR2004
+    except OSError:
+        return ()
 
 
 def kills(groups: tuple[str, ...]) -> int:

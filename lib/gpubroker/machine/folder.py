@@ -4,11 +4,13 @@
 spec.json       what shall run, in clear, mode 0600; what is secret in it is erased at the end
 record.jsonl    gpubroker.machine.record
 disk/           the program's own folder, its home and working directory
+container/      of a pod with an image: what its engine is given to make it (gpubroker.machine.engine)
 log, log.index  gpubroker.machine.journal
 heartbeat       the last sign of life while the program runs
 control.sock    where the supervisor answers
 supervisor.log  what a supervisor said before it crashed
 ```
+`<all>/engine` is the container engine that made the last pod with an image, where there ever was one.
 `<all>/lock` is held (flock) by whoever changes what pods hold of the machine; a supervisor holds its folder itself.
 """
 
@@ -29,6 +31,7 @@ from gpubroker.machine import record
 
 SPEC: Final = "spec.json"
 DISK: Final = "disk"
+CONTAINER: Final = "container"
 GONE: Final = "gone"
 HEARTBEAT: Final = "heartbeat"
 SOCKET: Final = "control.sock"
@@ -36,7 +39,7 @@ COMPLAINTS: Final = "supervisor.log"
 KEEP_SECONDS: Final = 7 * 86400
 """How long a tombstone answers for a pod that is gone."""
 
-_LOCK, _IDENTITY, _UNBORN = "lock", "identity", ".new-"
+_LOCK, _IDENTITY, _ENGINE, _UNBORN = "lock", "identity", "engine", ".new-"
 _REF: Final = re.compile(r"gb-[a-z0-9]{8}-[a-z0-9]+(-[a-z0-9]+)*")
 _REF_LENGTH: Final = 50
 
@@ -70,6 +73,12 @@ class PodSpec(NamedTuple):
     stop_grace_seconds: float
     end_grace_seconds: float
     log_limit_bytes: int
+    image: str | None = None
+    """With its registry. None: the pod is a process."""
+    engine: dict[str, Any] | None = None
+    """The `gpubroker.machine.engine.Engine` that runs the image."""
+    login: str = ""
+    """A secret: at the image's registry."""
 
     def __repr__(self) -> str:
         return f"PodSpec({self.ref!r})"
@@ -102,6 +111,21 @@ def identity(all_pods: str) -> str:
     """The name of this folder of pods. Raises FileNotFoundError when the folder is no more."""
     with open(os.path.join(all_pods, _IDENTITY), encoding="ascii") as file:
         return file.read()
+
+
+def note_engine(all_pods: str, engine: dict[str, Any]) -> None:
+    """Remember what makes containers for this folder of pods."""
+    if read_engine(all_pods) != engine:
+        write_whole(os.path.join(all_pods, _ENGINE), json.dumps(engine).encode())
+
+
+def read_engine(all_pods: str) -> dict[str, Any] | None:
+    """What made the last container for this folder of pods; None when there never was one."""
+    try:
+        with open(os.path.join(all_pods, _ENGINE), "rb") as file:
+            return json.loads(file.read())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def live(all_pods: str) -> list[str]:
@@ -245,9 +269,9 @@ def bury(spec: PodSpec) -> None:
 
     Every step may be repeated. Raises OSError when the disk will not go.
     """
-    write_spec(".", spec._replace(command=[], env={}))
+    write_spec(".", spec._replace(command=[], env={}, login=""))
     for name in os.listdir("."):
-        if name == DISK or name.startswith(f"{DISK}."):
+        if name.partition(".")[0] in {DISK, CONTAINER}:
             delete_tree(name)
     for name in (f"{SPEC}~", HEARTBEAT, SOCKET):
         with contextlib.suppress(FileNotFoundError):

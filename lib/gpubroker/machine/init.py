@@ -80,17 +80,19 @@ class _First:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         holding: list[str] = []
-        if self._mode == "none":
+        holder = None
+        if self._mode in jail.WITHOUT:
             kernel.adopt_orphans()
+            holder = jail.hold_processes() if self._mode == "joined" else None
         else:
             holding = ["processes", *jail.furnish(self._spec.hidden, disk)]
         os.chdir("/")
         kernel.forbid_tracing()
         if self._channel.recv(_PACKET) != b"go":  # until then the parent is not yet the supervisor
             os._exit(1)
-        if self._mode != "none":
+        if self._mode not in jail.WITHOUT:
             kernel.die_with_parent()
-        self._say(ready={"holding": holding, "joined": self._try_doors(), "pid": os.getpid()})
+        self._say(ready={"holding": holding, "joined": self._try_doors(), "pid": os.getpid(), "holder": holder})
 
     def _try_doors(self) -> list[bool]:
         """Whether a child of this process may join each control group."""
@@ -132,7 +134,15 @@ class _First:
             self._end_everything()
 
     def _end_everything(self) -> NoReturn:
-        """The supervisor is dead. Process 1 takes all with it; else they are looked for until none is left."""
+        """The supervisor is dead. Process 1, and who holds a namespace, take all with them; else all is looked for.
+
+        A container that is in no namespace of ours is for its engine to end: this process becomes that command.
+        """
+        if self._mode == "engine":
+            from gpubroker.machine import engine  # noqa: PLC0415 - pods that are processes do without it
+
+            used = engine.of(self._spec)
+            os.execve(used.program, [used.program, "kill", self._spec.ref], used.env)  # noqa: S606
         if self._mode == "none":
             while found := processes.descendants(os.getpid()) | processes.marked(self._spec.ref):
                 processes.kill(found)
@@ -171,7 +181,7 @@ class _First:
         told, tell = os.pipe2(os.O_CLOEXEC)
         child = os.fork()
         if child == 0:
-            _become(payload, files, self._doors, tell)
+            _become(payload, files, self._doors, tell, keeps_rights=self._mode in {"engine", "joined"})
         os.close(tell)
         for file in files:
             os.close(file)
@@ -187,7 +197,7 @@ def _read_payload(file: int) -> dict[str, Any]:
         return json.loads(whole.read())
 
 
-def _become(payload: dict[str, Any], files: list[int], doors: list[int], tell: int) -> NoReturn:
+def _become(payload: dict[str, Any], files: list[int], doors: list[int], tell: int, *, keeps_rights: bool) -> NoReturn:
     """In a child: take on the limits, the folder and the three files, and execute. Its last words go to its stderr."""
     command: list[str] = payload["command"]
     code = _CANNOT_EXECUTE
@@ -201,8 +211,9 @@ def _become(payload: dict[str, Any], files: list[int], doors: list[int], tell: i
         for place in payload["join"]:
             os.write(doors[int(place)], b"0")
         _limit(payload)
-        kernel.forbid_new_rights()
-        kernel.drop_capabilities()
+        if not keeps_rights:
+            kernel.forbid_new_rights()
+            kernel.drop_capabilities()
         os.umask(0o022)
         os.chdir(payload["folder"])
         os.execvpe(command[0], command, payload["env"])  # noqa: S606 - what the pod is for

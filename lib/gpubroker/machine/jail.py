@@ -4,15 +4,21 @@
 """
 
 import contextlib
+import errno
 import os
+import signal
 import stat
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NoReturn
 
-from gpubroker.machine import kernel
+from gpubroker.machine import kernel, processes
 
 MODES: Final = {"best": ("root", "user", "none"), "user": ("user", "none"), "none": ("none",)}
 """By a spec's `isolation`: what is tried, the best first."""
+
+WITHOUT: Final = frozenset({"none", "engine", "joined"})
+"""Modes of a first process that is in no namespace. It starts a container in `engine`, and in `joined` one whose
+processes join a namespace that it holds."""
 
 _READ_ONLY: Final = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
 """Where a pod of root could reconfigure the machine."""
@@ -29,7 +35,7 @@ _FLAGS: Final = {
 
 def enter(mode: str) -> None:
     """Leave for new namespaces, which the next child begins. Raises OSError where the kernel does not let us."""
-    if mode == "none":
+    if mode in WITHOUT:
         return
     spaces = kernel.NEW_PIDS | kernel.NEW_MOUNTS | kernel.NEW_IPC
     if mode == "root":
@@ -41,6 +47,44 @@ def enter(mode: str) -> None:
         _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{user} {user} 1")
     _write("/proc/self/gid_map", f"{group} {group} 1")
+
+
+def hold_processes() -> int:
+    """Start the first process of a new PID namespace that others may join. It does nothing, and ends with its parent.
+
+    Nothing in that namespace can outlive it. Raises OSError where this user may make none.
+    """
+    home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    kernel.unshare(kernel.NEW_PIDS)
+    try:
+        holder = os.fork()
+        if holder == 0:
+            _hold(tell)
+    finally:
+        kernel.join(home)
+        os.close(home)
+        os.close(tell)
+    held = os.read(told, 1)
+    os.close(told)
+    if not held:
+        raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD))
+    return holder
+
+
+def _hold(tell: int) -> NoReturn:
+    try:
+        processes.close_files(tell)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps what ends below it
+        kernel.die_with_parent()
+        kernel.forbid_tracing()
+        os.write(tell, b"1")  # it fails when the parent has ended already
+        os.close(tell)
+        while True:
+            signal.pause()
+    finally:
+        os._exit(1)
 
 
 def furnish(hidden: str, disk: str) -> list[str]:

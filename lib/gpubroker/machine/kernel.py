@@ -43,6 +43,11 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
+def join(file: int) -> None:
+    """Enter the namespace that a file is of; of a PID namespace the next child is the first there."""
+    _check(_libc.setns(file, 0))
+
+
 def mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
     """Mount, remount or bind, by the flags."""
     texts = [None if text is None else os.fsencode(text) for text in (source, target, kind)]

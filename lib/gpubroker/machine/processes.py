@@ -52,18 +52,19 @@ def descendants(ancestor: int) -> set[int]:
     return found & alive
 
 
-def marked(ref: str) -> set[int]:
-    """Every living process whose environment names this pod, as far as this user may look."""
-    return {pid for pid in _pids() if _is_marked(pid, ref) and start_time(pid) is not None}
+def marked(ref: str, *more: str) -> set[int]:
+    """Every living process whose environment names this pod (and has these variables), as far as this user may look."""
+    marks = {text.encode() for text in (f"{MARK}={ref}", *more)}
+    return {pid for pid in _pids() if _has(pid, marks) and start_time(pid) is not None}
 
 
-def _is_marked(pid: int, ref: str) -> bool:
+def _has(pid: int, marks: set[bytes]) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             variables = file.read().split(b"\0")
     except OSError:
         return False
-    return f"{MARK}={ref}".encode() in variables
+    return marks.issubset(variables)
 
 
 def kill(pids: Iterable[int]) -> None:

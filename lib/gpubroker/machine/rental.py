@@ -2,14 +2,14 @@
 
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Final, Literal
 
 from gpubroker.config import Settings
 from gpubroker.errors import Rejected, SetupError, Throttled
-from gpubroker.machine import capacity, folder, gpus
+from gpubroker.machine import capacity, engine, folder, gpus
 from gpubroker.machine.capacity import GB, Machine, Share
 from gpubroker.money import parse_usd
 from gpubroker.providers.base import ProviderOffer, Spec
@@ -36,6 +36,9 @@ class Terms:
     stop_grace_seconds: float = 5.0
     end_grace_seconds: float = 2.0
     log_limit_bytes: int = 64 << 20
+    engine: Literal["auto", "podman", "docker", "none"] = "none"
+    """What runs images; `auto` is the first that answers."""
+    engine_env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,18 @@ def read_terms(settings: Settings) -> Terms:
         gpu_micro_h=_price(settings, "GPUBROKER_LOCAL_GPU_PRICE_USD_PER_HOUR", default.gpu_micro_h),
         vcpus_milli=vcpus,
         ram_bytes=_amount(settings, "GPUBROKER_LOCAL_RAM_GB", GB, _MOST_GB),
+        engine=_engine(settings),
+        engine_env={n: settings.variables[n] for n in engine.VARIABLES if n in settings.variables},
     )
+
+
+def _engine(settings: Settings) -> Literal["auto", "podman", "docker", "none"]:
+    match settings.variable("GPUBROKER_LOCAL_ENGINE") or "auto":
+        case "auto" | "podman" | "docker" | "none" as choice:
+            return choice
+        case _:
+            msg = "GPUBROKER_LOCAL_ENGINE must be auto, podman, docker or none"
+            raise SetupError(msg)
 
 
 def _amount(settings: Settings, name: str, unit: int, most: int) -> int | None:
@@ -112,14 +126,13 @@ def sizes(terms: Terms, machine: Machine) -> Iterator[Size]:
             yield Size(f"gpu-{slug}-{count}", share, price, min(gpu.vram_gb for gpu in same))
 
 
-def refuse_what_cannot_be(spec: Spec, offer: ProviderOffer, ref: str) -> None:
+def refuse_what_cannot_be(spec: Spec, offer: ProviderOffer, ref: str, used: engine.Engine | None) -> None:
     """Raise Rejected for what no look at the machine can change."""
     if spec.image is not None:
-        detail = "pods of this machine are processes; containers come with the operator's cluster"
-        raise Rejected("image_not_supported", detail, try_next_offer=True)
+        _refuse_image(spec, spec.image, used)
     if spec.ssh_public_key is not None:
         raise Rejected("ssh_not_supported", "pods of this machine are reached by exec", try_next_offer=True)
-    if not spec.command:
+    if not spec.command and spec.image is None:
         detail = "without an image there is nothing to run but a command"
         raise Rejected("command_required", detail, try_next_offer=True)
     texts = [*spec.command, *spec.env, *spec.env.values()]
@@ -133,7 +146,20 @@ def refuse_what_cannot_be(spec: Spec, offer: ProviderOffer, ref: str) -> None:
         raise Rejected("offer_too_small", f"{offer.provider_offer_id} is less than what was asked", try_next_offer=True)
 
 
-def rent_out(terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref: str) -> None:
+def _refuse_image(spec: Spec, image: str, used: engine.Engine | None) -> None:
+    if used is None:
+        detail = "no Podman or Docker answers on this machine, so its pods are processes"
+        raise Rejected("image_not_supported", detail, try_next_offer=True)
+    if engine.full_name(image) is None:
+        raise Rejected("invalid_image", "this is no name of an image in a registry", try_next_offer=False)
+    if spec.command[:1] == ("",) or not engine.can_hold(spec.env):
+        detail = "no container can have this command, or a line break in a variable that the engine itself reads"
+        raise Rejected("invalid_spec", detail, try_next_offer=False)
+
+
+def rent_out(
+    terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref: str, used: engine.Engine | None = None
+) -> None:
     """Grant a share of the machine and make the pod's folder, in one step that survives or never was.
 
     A pod that has this reference already is left as it is. Raises Rejected, Throttled.
@@ -155,6 +181,10 @@ def rent_out(terms: Terms, all_pods: str, spec: Spec, offer: ProviderOffer, ref:
             chosen = capacity.free_gpus(share, machine, taken)[: share.gpu_count]
             born = _pod_spec(terms, all_pods, spec, share, ref)
             born = born._replace(price_micro_h=offer.price_micro_h, machine_has_gpus=bool(machine.gpus))
+            if spec.image is not None and used is not None:
+                login = spec.registry_auth and engine.login(spec.image, **spec.registry_auth)
+                folder.note_engine(all_pods, used._asdict())
+                born = born._replace(image=engine.full_name(spec.image), engine=used._asdict(), login=login or "")
             folder.give_birth(born, hard_stop_at=spec.hard_stop_at.timestamp(), ports=ports, gpus=chosen)
     except folder.Busy:
         raise Throttled("busy", "another process grants shares of this machine", wait=2.0) from None

@@ -56,6 +56,8 @@ class Run:
         try:
             self.tree.spawn(tree.PROGRAM, self._spec.command, env, (nothing, self._input, self._input))
             answered = select.select([self.tree.channel], [], [], _START_SECONDS)[0]
+            if self.tree.sign >= 0:
+                self._loop.watch(self.tree.sign, select.EPOLLIN, self._look)
             if answered:
                 self._listen()
             else:
@@ -121,6 +123,10 @@ class Run:
             self._failed = True  # its code is the next message
         return True
 
+    def _look(self, _events: int) -> None:
+        self.tree.look()
+        self._loop.forget(self.tree.sign)
+
     def _write_log(self) -> bool:
         """Move output to the log, a part at a time. False when there is nothing more for now."""
         try:
@@ -141,14 +147,17 @@ class Run:
             continue
         self._loop.forget(self._output)
         os.close(self._output)
+        if self.tree.sign >= 0:
+            self._loop.forget(self.tree.sign)
+            os.close(self.tree.sign)
         self.tree.channel.close()
         for running in self._execs.values():
             running.pod_ended()
 
 
-def why(code: int | None, state: record.State) -> str:
+def why(code: int | None, state: record.State, *, oom_killed: bool = False) -> str:
     """Say in words why a program ended by itself."""
-    if code != 0 and cgroup.kills(state.cgroups):
+    if code != 0 and (oom_killed or cgroup.kills(state.cgroups)):
         return "OOMKilled: its processes needed more memory than the offer has"
     if code is None:
         return "its first process was killed"

@@ -11,12 +11,15 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gpubroker.machine import capacity, cgroup, folder, kernel, processes, record, tree
 from gpubroker.machine.journal import Journal
 from gpubroker.machine.run import Refused, Run, why
 from gpubroker.machine.server import Client, Loop, Server
+
+if TYPE_CHECKING:
+    from gpubroker.machine.container import Keeper
 
 HEARTBEAT_SECONDS: Final = 0.4
 TOMB_LOG_BYTES: Final = 1 << 20
@@ -72,6 +75,15 @@ def _drain(file: int) -> None:
         os.read(file, 4096)
 
 
+def _keeper_of(spec: folder.PodSpec) -> "Keeper | None":
+    """Pods that are processes do not load what keeps a container."""
+    if spec.image is None:
+        return None
+    from gpubroker.machine.container import Keeper  # noqa: PLC0415 - see above
+
+    return Keeper(spec)
+
+
 class Supervisor:
     """One pod and its state. All that outlives it is on disk."""
 
@@ -80,6 +92,7 @@ class Supervisor:
         self._state, self._last_at = record.fold(events), record.last_at(events)
         self._loop = Loop()
         self._run: Run | None = None
+        self._keeper = _keeper_of(spec)
         self._waiting: list[Client] = []
         self._asked_start: tuple[Client, capacity.Machine, float] | None = None
         self._told_to_end = self._over = False
@@ -112,6 +125,8 @@ class Supervisor:
     def _recover(self) -> None:
         """Nothing of an earlier supervisor's run may live on; the record says when that was last seen."""
         state = self._state
+        if self._keeper is not None and state.on:
+            self._keeper.end_leftovers()
         while left := self._leftovers():
             processes.kill(left)
             time.sleep(_SOON_SECONDS)
@@ -147,6 +162,8 @@ class Supervisor:
             self._beat()
         if os.fstat(self._own).st_nlink == 0:  # somebody deleted the folder: end with it, there is no record to keep
             self._over = self._run is None or self._run.tree.destroy()
+            if self._over and self._keeper is not None:
+                self._keeper.remove()
             self._remove_groups(tries=1 + _TRIES * self._over)
             return _SOON_SECONDS
         if time.time() >= self._state.hard_stop_at and self._state.life not in _ENDED:
@@ -166,7 +183,10 @@ class Supervisor:
                 return list(due)
             self._end_run(self._run)
         elif self._state.life == "starting":
-            self._begin_run("started")
+            if not self._is_made():
+                return []
+            if self._state.life == "starting":
+                self._begin_run("started")
         elif self._state.life == "stopping":
             self._note("stopped")
         elif self._state.life in _ENDED:
@@ -179,9 +199,11 @@ class Supervisor:
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
-            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if self._run is not None:
-                    self._run.reaped(pid)
+                    self._run.reaped(ended[0])
+                if self._keeper is not None:
+                    self._keeper.reaped(*ended)
 
     def _answer_waiting(self) -> None:
         """Answer those who wait for the pod to settle."""
@@ -196,15 +218,27 @@ class Supervisor:
         """Stop the pod and then end, as at a shutdown of the machine."""
         if self._run is None:
             self._over = True
+            if self._keeper is not None:
+                self._keeper.stop_making()
         elif self._run.ending not in {"stopped", "terminated"}:
             self._end("stopped")
 
     # A run, from start to end
 
+    def _is_made(self) -> bool:
+        """Whether it has the container that it needs, or has failed for lack of one. Else one is being made."""
+        if self._keeper is None:
+            return True
+        if not self._keeper.is_made(self._state):
+            return False
+        if self._keeper.failed is not None:
+            self._note("exited", reason=self._keeper.failed)
+        return True
+
     def _begin_run(self, event: str) -> None:
         """Start what was granted. The record has the groups before they are made, the run before the program runs."""
         spec = self._spec
-        places = cgroup.homes() if spec.isolation != "none" else []
+        places = cgroup.homes() if spec.isolation != "none" and spec.image is None else []
         cgroup.sweep(places, before=time.time() - folder.KEEP_SECONDS)
         groups = cgroup.paths(spec.ref, places)
         if event == "started" and groups != list(self._state.cgroups):
@@ -212,7 +246,7 @@ class Supervisor:
         limited = cgroup.create(spec.ref, places, ram_bytes=spec.ram_bytes, vcpus_milli=spec.vcpus_milli)
         made = [group for group in groups if os.path.exists(os.path.join(group, "cgroup.procs"))]
         try:
-            planted = tree.plant(spec, made, limited)
+            planted = tree.plant(spec, made, limited) if self._keeper is None else self._keeper.plant()
         except tree.NotPlanted as error:
             self._note("exited", reason=f"it could not be started: {error}")
             return
@@ -224,7 +258,7 @@ class Supervisor:
 
     def _end_run(self, ended: Run) -> None:
         self._run = None
-        reason = why(ended.code, self._state)
+        reason = why(ended.code, self._state, oom_killed=ended.tree.oom_killed)
         self._remove_groups()
         match ended.ending:
             case "restarted":
@@ -244,6 +278,8 @@ class Supervisor:
 
     def _end(self, event: str, *, reason: str | None = None) -> None:
         """Write down the wish, and tell the run to end."""
+        if self._keeper is not None:
+            self._keeper.stop_making()
         if event != "restarted":
             self._note("terminating" if event == "terminated" else "stopping", reason=reason)
         if self._run is not None:
@@ -254,11 +290,12 @@ class Supervisor:
         """Erase and delete what a tombstone does not need, move there, answer, and be done."""
         if self._state.life == "terminating":
             self._note("terminated")
+        unmade = None if self._keeper is None else self._keeper.remove()
         failed: str | None = None
         for _ in range(3):
             try:
                 folder.bury(self._spec)
-                failed = None
+                failed = unmade
                 break
             except OSError as error:
                 failed = f"its disk could not be deleted: {error.strerror}"
@@ -318,7 +355,9 @@ class Supervisor:
         except (OSError, ValueError) as error:
             refused = f"unreadable: {error}"
         self._asked_start = None
-        if refused is None:
+        if refused is None and self._keeper is not None and self._state.started_at is None:
+            self._tell(client)  # its image may take long
+        elif refused is None:
             self._waiting.append(client)
         else:
             client.refuse(*refused.split(": ", 1))
@@ -330,8 +369,14 @@ class Supervisor:
         share = capacity.Share(spec.vcpus_milli, spec.ram_bytes, 0, spec.gpu_count, spec.gpu_model)
         if not capacity.times_it_fits(share, machine, taken):
             return "no_capacity: the machine has no room for it now"
-        gpus = capacity.free_gpus(share, machine, taken)[: spec.gpu_count]
+        gpus = capacity.free_gpus(share, machine, taken)
         ports = capacity.choose_ports([port for port, _ in spec.ports], state.ports, taken.ports)
+        if spec.image is None or state.started_at is None:
+            gpus = gpus[: spec.gpu_count]
+        else:  # a container has for life what it was made with
+            if ports != state.ports or not set(state.gpus) <= set(gpus):
+                return "no_capacity: its container has ports or GPUs that others use now"
+            gpus = list(state.gpus)
         self._note("starting", ports=ports, gpus=gpus, cgroups=state.cgroups)
         return None
 

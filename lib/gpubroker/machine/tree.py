@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from gpubroker.machine import cgroup, init, jail, processes
 from gpubroker.machine.folder import DISK, PodSpec
@@ -21,12 +21,25 @@ class NotPlanted(Exception):
     """The first process could not be started: the machine is out of something."""
 
 
+class Birth(NamedTuple):
+    """A first process that waits for what it is to start: its number, the channel to it, and what it said of itself."""
+
+    pid: int
+    channel: socket.socket
+    ready: dict[str, Any]
+
+
 class Tree:
     """One run. `mode` is how its processes are kept together: `root`, `user` (namespaces) or `none`."""
 
-    def __init__(self, spec: PodSpec, mode: str, pid: int, channel: socket.socket, ready: dict[str, Any]) -> None:
-        self.pid, self.channel = pid, channel
-        self.start_time = processes.start_time(pid) or 0
+    oom_killed = False
+    """Whether others than our control groups say that it was killed at its memory limit."""
+    sign = -1
+    """A file that becomes readable when the program has ended, where that is to be known before all else; then `look`."""
+
+    def __init__(self, spec: PodSpec, mode: str, born: Birth) -> None:
+        self.pid, self.channel, ready = born
+        self.start_time = processes.start_time(self.pid) or 0
         self.reaped = False
         self._spec, self._mode = spec, mode
         self._holding: list[str] = ready["holding"]
@@ -70,6 +83,12 @@ class Tree:
             "file_bytes": spec.disk_gb * 10**9,
             "cpus": [] if "cpu" in self._limited else self._cores(),
         }
+        self._order_spawn(number, payload, files)
+
+    def look(self) -> None:
+        """The sign was given: see what cannot be seen later."""
+
+    def _order_spawn(self, number: int, payload: dict[str, Any], files: Sequence[int]) -> None:
         memory = os.memfd_create("payload", os.MFD_CLOEXEC)
         try:
             with os.fdopen(os.dup(memory), "wb") as whole:
@@ -126,7 +145,7 @@ def plant(spec: PodSpec, groups: Sequence[str], limited: set[str]) -> Tree:
     because = "nothing was tried"
     for mode in jail.MODES[spec.isolation]:
         try:
-            tree = _plant(spec, mode, groups if limited else [])
+            tree = Tree(spec, mode, give_birth(spec, mode, groups if limited else []))
         except (OSError, ValueError) as error:
             because = str(error)
             continue
@@ -135,7 +154,8 @@ def plant(spec: PodSpec, groups: Sequence[str], limited: set[str]) -> Tree:
     raise NotPlanted(because)
 
 
-def _plant(spec: PodSpec, mode: str, groups: Sequence[str]) -> Tree:
+def give_birth(spec: PodSpec, mode: str, groups: Sequence[str]) -> Birth:
+    """Start a first process in one way, which may not work here. Raises OSError, ValueError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     disk = os.path.join(spec.all, spec.ref, DISK)
     midwife = os.fork()
@@ -159,7 +179,7 @@ def _plant(spec: PodSpec, mode: str, groups: Sequence[str]) -> Tree:
             os.waitpid(pid, 0)
         raise
     ours.settimeout(None)
-    return Tree(spec, mode, pid, ours, heard["ready"])
+    return Birth(pid, ours, heard["ready"])
 
 
 def _hear_of(channel: socket.socket, heard: dict[str, Any], awaited: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Final, ParamSpec, Self, TypeVar
 
 from gpubroker.config import Settings
 from gpubroker.errors import AmbiguousOutcome, InstanceNotFound, ProviderError, Rejected, SetupError, Throttled
-from gpubroker.machine import capacity, control, folder, journal, record, rental
+from gpubroker.machine import capacity, control, engine, folder, journal, record, rental
 from gpubroker.providers.base import (
     Availability,
     Capabilities,
@@ -34,8 +35,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _SUPPORTS: Final = frozenset[Support]({"command", "ports", "exec", "logs", "stop"})
+_WITH_IMAGES: Final = _SUPPORTS | frozenset[Support]({"image"})
 _CREATE_SECONDS, _CALL_SECONDS, _LOOK_SECONDS = 15.0, 28.0, 10.0
 _LOOKS_AT_ONCE: Final = 16
+_MAKE_SECONDS: Final = 5.0
+_ENGINE_SECONDS, _BELIEVED_SECONDS, _DOUBTED_SECONDS = 15.0, 600.0, 60.0
 
 
 class Local(Provider):
@@ -47,7 +51,7 @@ class Local(Provider):
         supports=_SUPPORTS,
         stopped_billing="none",
         boot_seconds=1,
-        boot_limit_seconds=30,
+        boot_limit_seconds=900,
         bills_boot=False,
         termination_allowance_seconds=10,
         visibility_lag_seconds=0,
@@ -66,6 +70,8 @@ class Local(Provider):
         """The folder of all pods, absolute."""
         self.terms = terms or rental.Terms()
         self._account: str | None = None
+        self._engine: engine.Engine | None = None
+        self._engine_known_until = float("-inf")
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -88,17 +94,37 @@ class Local(Provider):
         folder.prepare(self.pods)
         machine, taken = rental.look(self.terms, self.pods), capacity.held(self.pods)
         sizes = rental.sizes(self.terms, machine)
-        return [_offer(size, capacity.times_it_fits(size.share, machine, taken)) for size in sizes]
+        supports = _WITH_IMAGES if self._look_for_engine() else _SUPPORTS
+        return [_offer(size, capacity.times_it_fits(size.share, machine, taken), supports) for size in sizes]
+
+    def _look_for_engine(self) -> engine.Engine | None:
+        """Ask for a container engine now and then: one that answers is believed longer than that there is none."""
+        if time.monotonic() >= self._engine_known_until:
+            self._engine = engine.find(self.terms.engine, self.terms.engine_env, seconds=_ENGINE_SECONDS)
+            self._engine_known_until = time.monotonic() + (_BELIEVED_SECONDS if self._engine else _DOUBTED_SECONDS)
+        return self._engine
 
     async def create(self, spec: Spec, offer: ProviderOffer, ref: str) -> Created:
-        """Start a pod, or give the one that has this reference already. It returns when the program executes."""
-        rental.refuse_what_cannot_be(spec, offer, ref)
-        await self._with_room(lambda: _on_disk(rental.rent_out, self.terms, self.pods, spec, offer, ref))
+        """Start a pod, or give the one that has this reference already. It returns when the program executes.
+
+        An image that is slow to come is not waited for: the pod is `starting` then.
+        """
+        used = None if spec.image is None else await _on_disk(self._look_for_engine)
+        rental.refuse_what_cannot_be(spec, offer, ref, used)
+        await self._with_room(lambda: _on_disk(rental.rent_out, self.terms, self.pods, spec, offer, ref, used))
         try:
-            instance = await self._look(ref, do="settle", limit_seconds=_CREATE_SECONDS)
+            instance = await self._settle(ref, seconds=_CREATE_SECONDS if spec.image is None else _MAKE_SECONDS)
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
         return Created(ref, instance)
+
+    async def _settle(self, ref: str, *, seconds: float) -> Instance:
+        try:
+            return await self._look(ref, do="settle", limit_seconds=seconds)
+        except ProviderError as error:
+            if seconds == _CREATE_SECONDS or error.code != "supervisor_silent":
+                raise
+        return await self.get(ref)
 
     async def _with_room(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Try; when there is no room, look at every pod, since a dead one may still count, and try once more."""
@@ -123,7 +149,18 @@ class Local(Provider):
         if (self._account or await self.account()) != await _on_disk(folder.identity, self.pods):
             raise ProviderError("account_changed", f"{self.pods} is not the folder that it was")
         refs = [ref for ref in await _on_disk(folder.live, self.pods) if ref.startswith(f"gb-{owner}-")]
-        return [instance for instance in await self._look_at_all(refs) if instance.life != "gone"]
+        strays = [_stray(ref) for ref in await _on_disk(self._strays) if ref.startswith(f"gb-{owner}-")]
+        return [instance for instance in await self._look_at_all(refs) if instance.life != "gone"] + strays
+
+    def _strays(self) -> list[str]:
+        """Containers that lost their folder. What cannot be listed now is found later: no pod is known by it alone."""
+        used = folder.read_engine(self.pods)
+        if used is None:
+            return []
+        try:
+            return engine.strays(engine.Engine(**used), self.pods, seconds=_ENGINE_SECONDS)
+        except engine.Failed:
+            return []
 
     async def _look_at_all(self, refs: Sequence[str]) -> list[Instance]:
         turns = asyncio.Semaphore(_LOOKS_AT_ONCE)
@@ -140,7 +177,22 @@ class Local(Provider):
 
     async def terminate(self, instance_id: str) -> None:
         """End it; returns when its end is on disk, and its own disk deleted."""
-        await self._look(instance_id, do="terminate", limit_seconds=_CALL_SECONDS)
+        try:
+            await self._look(instance_id, do="terminate", limit_seconds=_CALL_SECONDS)
+        except InstanceNotFound:
+            if not await _on_disk(self._remove_stray, instance_id):
+                raise
+        else:
+            await _on_disk(self._remove_stray, instance_id)
+
+    def _remove_stray(self, ref: str) -> bool:
+        if ref not in self._strays():
+            return False
+        try:
+            engine.remove(engine.Engine(**folder.read_engine(self.pods) or {}), ref, seconds=_LOOK_SECONDS)
+        except engine.Failed as error:
+            raise ProviderError("engine_failed", str(error)) from None
+        return True
 
     async def stop(self, instance_id: str) -> None:
         """End the program and keep the disk; returns when that is on disk."""
@@ -226,7 +278,7 @@ async def _on_disk(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
         raise ProviderError("unreadable", str(error)) from None
 
 
-def _offer(size: rental.Size, times: int) -> ProviderOffer:
+def _offer(size: rental.Size, times: int, supports: frozenset[Support]) -> ProviderOffer:
     share = size.share
     availability: tuple[Availability, ...] = ("none", "low", "medium", "medium", "high")
     return ProviderOffer(
@@ -240,19 +292,24 @@ def _offer(size: rental.Size, times: int) -> ProviderOffer:
         region="local",
         price_micro_h=size.price_micro_h,
         stopped_micro_h=0,
-        supports=_SUPPORTS,
+        supports=supports,
         availability=availability[min(times, len(availability) - 1)],
         vram_gb=size.vram_gb,
         reliability=None,
     )
 
 
+def _stray(ref: str) -> Instance:
+    return Instance(ref, ref, "container without its folder", "unknown", "unknown")
+
+
 def _instance(spec: folder.PodSpec, state: record.State) -> Instance:
+    is_failed = spec.image is not None and state.life == "stopped" and state.started_at is None and bool(state.reason)
     return Instance(
         id=spec.ref,
         ref=spec.ref,
         status=state.life,
-        life=state.life,
+        life="failed" if is_failed else state.life,
         billing="full" if state.on else "none",
         started_at=_time(state.started_at),
         ended_at=_time(state.ended_at),
