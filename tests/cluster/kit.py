@@ -33,6 +33,14 @@ def gpus(count: int) -> Iterator[None]:
         subprocess.run([HOME / "fake-gpus", "0"], check=False, capture_output=True)
 
 
+def open_to_pods(folder: Path, user: int) -> None:
+    """Make a folder one that a pod's user owns and reaches."""
+    for parent in [folder, *folder.parents]:
+        if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    shutil.chown(folder, user, user)
+
+
 @contextlib.contextmanager
 def volume(namespace: str, claim: str, folders: pytest.TempPathFactory) -> Iterator[None]:
     """A folder of this machine for a claim: the kit has no storage class."""
@@ -40,10 +48,7 @@ def volume(namespace: str, claim: str, folders: pytest.TempPathFactory) -> Itera
         yield
         return
     folder = folders.mktemp("volume")
-    for parent in [folder, *folder.parents]:
-        if parent.stat().st_mode & 0o005 != 0o005 and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-    shutil.chown(folder, 70, 70)
+    open_to_pods(folder, 70)
     name = f"{namespace}-{claim}"
     manifest = f"""
 apiVersion: v1
@@ -62,6 +67,14 @@ spec:
     subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True, check=True, capture_output=True)
     yield
     subprocess.run(["kubectl", "delete", "pv", name, "--wait=false"], check=False, capture_output=True)
+
+
+def build(name: str, dockerfile: str, folder: Path) -> str:
+    """Build an image from a folder and give it to the cluster. Gives its name."""
+    (folder / "Dockerfile").write_text(dockerfile)
+    command = [HOME / "image", "build", "-f", folder / "Dockerfile", "-t", name, folder]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return name
 
 
 def restart_api_server() -> None:

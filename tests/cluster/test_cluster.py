@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import os
 import re
-import subprocess
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -266,6 +266,20 @@ def test_a_log_is_followed_by_resuming_while_functions_come_and_go(broker: Deplo
     broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
 
 
+def test_a_pod_boots_for_as_long_as_its_image_takes(broker: Deployed, tmp_path: Path) -> None:
+    if not kit.is_here():
+        pytest.skip("only the kit builds images here")
+    late = f"kit.local/late-{secrets.token_hex(4)}:1"
+    pod = broker.rent(image=late, wait="")
+    until("its first functions are at zero again", lambda: at_zero("pods", "provisioning", "metering"), 120)
+    assert broker.json("GET", f"/v1/pods/{pod['id']}")["state"] in ("creating", "starting")
+    kit.build(late, f"FROM {kit.IMAGES['customer']}\n", tmp_path)
+    running = broker.await_state(pod["id"], "running", "failed", "terminated", seconds=120)
+    assert running["state"] == "running", running
+    broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
+    broker.await_state(pod["id"], "terminated")
+
+
 def test_an_exec_outlives_the_window_of_its_function(broker: Deployed) -> None:
     pod = broker.rent()
     ran = broker.json(
@@ -304,14 +318,8 @@ def test_a_pod_ends_at_its_hard_stop_though_nobody_of_ours_lives(broker: Deploye
 def build_next(folder: Path) -> str:
     """The next version: one migration more, which old code may ignore."""
     (folder / "9001_next.sql").write_text("ALTER TABLE pod ADD COLUMN next_version text;\n")
-    (folder / "Dockerfile").write_text(
-        f"FROM {kit.IMAGES['gpubroker']}\nCOPY 9001_next.sql /app/code/gpubroker/store/migrations/\n"
-    )
-    subprocess.run(
-        [kit.HOME / "image", "build", "-f", folder / "Dockerfile", "-t", "kit.local/gpubroker:next", folder],
-        check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    return "kit.local/gpubroker:next"
+    made = f"FROM {kit.IMAGES['gpubroker']}\nCOPY 9001_next.sql /app/code/gpubroker/store/migrations/\n"
+    return kit.build("kit.local/gpubroker:next", made, folder)
 
 
 def deploy(image: str) -> None:
