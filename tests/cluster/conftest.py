@@ -163,7 +163,7 @@ def gpus(cluster: str) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def broker(cluster: str, gpus: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """`kubectl apply -k` on an empty cluster, and a key."""
-    kubectl("delete", "namespace", "gpubroker", "gpubroker-pods", "--ignore-not-found", timeout=300)
+    kubectl("delete", "namespace", "gpubroker", "gpubroker-pods", "--ignore-not-found", timeout=600)
     with kit.volume("gpubroker", "data-postgres-0", tmp_path_factory):
         kubectl("apply", "-k", str(OVERLAY))
         password, cache = secrets.token_hex(16), secrets.token_hex(16)

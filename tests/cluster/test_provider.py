@@ -95,7 +95,7 @@ def test_a_stopped_pod_keeps_its_disk(storage: str, cluster: str) -> None:
         await adapter.stop(ref)
         stopped = await await_life(adapter, ref, "stopped")
         assert stopped.billing == "none"
-        assert not get("pods", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}")
+        until("its pod is gone", lambda: not get("pods", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}"), 30)
         await adapter.start(ref)
         await await_life(adapter, ref, "running")
         ran = await adapter.exec(ref, ["cat", "/workspace/runs"], stdin=None, timeout_seconds=10)
