@@ -188,7 +188,8 @@ def _follow_running(pod: PodRow, seen: base.Instance, moment: datetime) -> PodRo
 
 def _follow_stopped(pod: PodRow, instance: InstanceRow, seen: base.Instance) -> PodRow:
     if pod.wanted == "stopped":
-        return replace(pod, state="stopped", state_reason=seen.reason, exit_code=seen.exit_code, failures=0)
+        known = pod.state_reason if pod.state == "stopped" else None
+        return replace(pod, state="stopped", state_reason=seen.reason or known, exit_code=seen.exit_code, failures=0)
     if pod.is_restart_pending or (instance.life == "stopped" and not ran_unseen(instance, seen)):
         return pod  # it was stopped before, and its start is on the way
     ended = replace(pod, state="stopped", state_reason=seen.reason, exit_code=seen.exit_code, failures=0)

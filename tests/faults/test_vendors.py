@@ -710,6 +710,8 @@ async def test_a_start_without_room_leaves_the_pod_stopped_and_says_why(world: W
     await world.drive_due()
     pod = await show(world, pod_id)
     assert (pod["state"], pod["state_reason"]) == ("stopped", "it could not be started: no_capacity")
+    await world.tick()
+    assert (await show(world, pod_id))["state_reason"] == pod["state_reason"]
     await world.root.post(f"/v1/pods/{pod_id}/start", status=202)
     await world.drive_due()
     assert (await show(world, pod_id))["state"] == "running"

@@ -1,5 +1,7 @@
 """RunPod: the contract, and what is RunPod's alone."""
 
+import asyncio
+
 import pytest
 from tests.providers.contract import OWNER, HttpProviderContract, make_ref
 from tests.providers.vendors import described
@@ -54,6 +56,12 @@ class TestRunpod(HttpProviderContract):
             sim.extras = {"runtime": {"uptime": 1, "ports": ports}}
             seen = await adapter.get(machine.id)
             assert [endpoint.name for endpoint in seen.endpoints] == ["http-8000", "ssh"]
+
+    async def test_a_log_that_never_falls_silent_is_read(self, adapter: HttpProvider, sim: Vendor) -> None:
+        machine = await self.create(adapter, sim)
+        machine.log = f"{'x' * 99}\n" * 2000
+        page = await asyncio.wait_for(adapter.logs(machine.id, after=0, since=None, limit=1 << 20), 15)
+        assert page.data.count(b"\n") == 2000
 
     async def test_a_barred_pool_is_no_dead_credential(self, adapter: HttpProvider, sim: Vendor) -> None:
         offer = await self.offer(adapter)

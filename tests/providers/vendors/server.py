@@ -37,7 +37,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer; `body` is bytes as they are, or anything that is JSON. `hold` keeps the connection open after it."""
+    """An answer; `body` is bytes as they are, or anything that is JSON. `hold` keeps the connection open after it, with signs of
+    life.
+    """
 
     status: int
     body: Any = b""
@@ -333,8 +335,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not answer.hold:
             lines.append(f"Content-Length: {len(body)}")
         self.wfile.write("\r\n".join([*lines, "", ""]).encode() + (body[: len(body) // 2] if cut else body))
-        if answer.hold:
-            released.wait(30)
+        while answer.hold and not released.wait(0.05):
+            self.wfile.write(b": alive\n\n")
         self.close_connection = cut or answer.hold
 
     def _pour(self) -> None:

@@ -43,6 +43,7 @@ _PATIENCE: Final[Mapping[Kind, float]] = {"offers": 20.0, "read": 8.0, "act": 8.
 _NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 _CLEAR: Final = (Rejected, Throttled, CredentialRefused, AmbiguousOutcome)
 _SHORTEST_SECRET: Final = 4
+_TRICKLE_BYTES: Final = 4096
 
 
 class Header(httpx.Auth):
@@ -223,12 +224,15 @@ class Client:
         raise _Failed(error, sent=True, may_pass=answer.may_pass or is_short)
 
     async def read_stream(self, path: str, *, query: Query, instance_id: str, quiet_seconds: float, cap: int) -> bytes:
-        """What a stream that may never end says until it is silent for `quiet_seconds`, ends, or said `cap` bytes."""
+        """What a stream that may never end says: until it is silent or slow for `quiet_seconds`, ends, or said `cap` bytes.
+
+        What there was comes at once; signs of life and new lines that trickle in after it are not waited for.
+        """
         self._pass_breaker("read")
         await self.buckets.take("calls", _PATIENCE["read"])
         request = self._request("read", "GET", path, query, None)
         request.headers["Accept"] = "text/event-stream"
-        said, began = bytearray(), False
+        said, began, counted = bytearray(), False, 0
         try:
             async with asyncio.timeout(self.seconds["read"]) as limit:
                 response = await self._http.send(request, auth=self._auth, stream=True)
@@ -247,7 +251,9 @@ class Client:
                         said += chunk
                         if len(said) > cap:
                             break
-                        limit.reschedule(min(end, asyncio.get_running_loop().time() + quiet_seconds))
+                        if len(said) - counted >= _TRICKLE_BYTES:
+                            limit.reschedule(min(end, asyncio.get_running_loop().time() + quiet_seconds))
+                            counted = len(said)
                 finally:
                     await response.aclose()
         except TimeoutError:
