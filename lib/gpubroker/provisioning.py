@@ -266,9 +266,10 @@ class Driver:
         refused = [attempt for attempt in work.attempts if attempt.code == "no_capacity"]
         because = "no_capacity" if refused and len(refused) == len(work.attempts) else "provisioning_failed"
         last = work.attempt
-        reason = f"{last.provider}: {last.code or 'it did not start'}" if last else "no offer was left to try"
         async with store.worker() as tx:
             pod = await rows.lock_pod(tx.conn, work.pod.id)
+            why = last and (last.code or pod.state_reason or "it did not start")
+            reason = f"{last.provider}: {why}" if last else "no offer was left to try"
             if pod.wanted != "running" or pod.turn != work.pod.turn:
                 await rows.wake_pod(tx.conn, pod.id)
                 return

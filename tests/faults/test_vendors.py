@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 from tests.factories import Client, World
 from tests.faults.fuse import check_all_ended, check_bill, check_instances, drive, heal, rent_from
-from tests.simulator import OFFERS, Broken, Final, Simulated
+from tests.simulator import OFFERS, Broken, Final, Rented, Simulated
 
 from gpubroker import reconciling, store
 from gpubroker.errors import CredentialRefused, Rejected, Throttled
@@ -256,6 +256,23 @@ async def test_a_boot_that_never_ends_is_given_up_and_is_the_installations_loss(
     assert cost(9 * 60) <= charged <= cost(13 * 60), "the agent pays for the one that runs"
     assert cost(9 * 60) <= micro(world, "loss") <= cost(12 * 60)
     world.check_money()
+
+
+class Imageless(Simulated):
+    """A provider at which nothing starts, and that says why."""
+
+    def see(self, rented: Rented) -> base.Instance:
+        seen = super().see(rented)
+        return seen if seen.life == "gone" else replace(seen, life="failed", reason="ImagePullFailed: no such image")
+
+
+async def test_why_nothing_started_is_told_in_the_providers_words(world: World) -> None:
+    await rent_from(world, Imageless(), offers=1)
+    pod_id = (await world.root.pod())["id"]
+    await drive(world, pod_id)
+    pod = await show(world, pod_id)
+    assert pod["ends_because"] == "provisioning_failed"
+    assert pod["state_reason"] == "simulated: ImagePullFailed: no such image"
 
 
 async def test_a_boot_that_never_ends_anywhere_ends_the_pod(world: World) -> None:
