@@ -1,4 +1,4 @@
-"""Pods of this machine that have an image, on a real Podman or Docker. Without one, or without a static busybox, skipped.
+"""Pods of this machine that have an image, on the engine that GPUBROKER_TEST_ENGINE names; without it skipped: it takes a minute.
 
 No registry is asked: the image is made of busybox, under a name that is this machine's own.
 """
@@ -31,8 +31,9 @@ from gpubroker.providers.base import Instance, Port
 IMAGE = "localhost/gpubroker-test:1"
 BUSYBOX = shutil.which("busybox")
 ENV = {name: os.environ[name] for name in engine.VARIABLES if name in os.environ}
-ENGINE = engine.find("auto", ENV, seconds=30)
-WITH_ENGINE = replace(TERMS, engine="auto", engine_env=ENV)
+CHOSEN = os.environ.get("GPUBROKER_TEST_ENGINE", "none")
+ENGINE = engine.find(CHOSEN, ENV, seconds=30)
+WITH_ENGINE = replace(TERMS, engine=CHOSEN, engine_env=ENV)
 needs_joining = pytest.mark.skipif(
     ENGINE is None or not ENGINE.joins, reason="the engine's containers join no namespace"
 )
@@ -48,7 +49,7 @@ def ask(*arguments: str) -> str:
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An image of busybox: its own command says so, its entry point is a shell's."""
     if ENGINE is None:
-        pytest.skip("no Podman or Docker answers on this machine")
+        pytest.skip("GPUBROKER_TEST_ENGINE names no Podman or Docker that answers on this machine")
     if BUSYBOX is None:
         pytest.skip("no busybox on this machine to make an image of (busybox-static)")
     place = tmp_path_factory.mktemp("image")

@@ -73,21 +73,22 @@ def _tell(entered: asyncio.Future[Entered], outcome: Entered | Exception) -> Non
 
 
 async def _authenticate(lot: list[_Arrival]) -> list[Entered | Exception]:
-    """One message, which is a transaction of its own."""
-    hashes = [arrival.credential.key_hash for arrival in lot]
-    tokens = [arrival.credential.jti for arrival in lot]
+    """One message, which is a transaction of its own. Who comes several times is asked for once."""
+    asked = list(dict.fromkeys((arrival.credential, arrival.scope) for arrival in lot))
+    hashes, tokens = [each.key_hash for each, _ in asked], [each.jti for each, _ in asked]
     async with connection() as conn, AsyncClientCursor(conn) as cursor:
-        await cursor.execute(_ENTER, (hashes, tokens, [arrival.scope for arrival in lot]))
+        await cursor.execute(_ENTER, (hashes, tokens, [scope for _, scope in asked]))
         cursor.nextset()
         rows = await cursor.fetchall()
         cursor.nextset()
         (version,) = await cursor.fetchone() or ("",)
-    return [
-        Entered(Caller(*row), str(version))
-        if refused is None
-        else told_refusal(refused, arrival.scope) or errors.Internal()
-        for arrival, (refused, *row) in zip(lot, rows, strict=True)
-    ]
+    told = dict(zip(asked, rows, strict=True))
+    outcomes: list[Entered | Exception] = []
+    for credential, scope, _ in lot:
+        refused, *row = told[credential, scope]
+        refusal = refused and (told_refusal(refused, scope) or errors.Internal())
+        outcomes.append(refusal or Entered(Caller(*row), str(version)))
+    return outcomes
 
 
 _entrance: Final = _Entrance()
