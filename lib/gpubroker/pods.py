@@ -23,7 +23,7 @@ from gpubroker.store import budgets as budgets_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import pods as rows
 from gpubroker.store import tokens as token_rows
-from gpubroker.store.candidates import Candidate
+from gpubroker.store.candidates import Candidate, read_candidate
 from gpubroker.times import count_micros, parse_time
 
 Opener = Callable[[], AbstractAsyncContextManager[store.Transaction]]
@@ -375,7 +375,7 @@ def present_offer(candidate: Candidate) -> ChosenOffer:
 
 
 def _read_candidate(pod: rows.PodView) -> Candidate:
-    return Candidate(**(pod.offer or pod.first_offer or {}))
+    return read_candidate(pod.offer or pod.first_offer or {})
 
 
 async def wait(open_transaction: Opener, pod_id: str, query: WaitQuery, *, gone: bool = False) -> rows.PodView:

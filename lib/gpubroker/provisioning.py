@@ -27,7 +27,7 @@ from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
 from gpubroker.store import pods as pod_rows
-from gpubroker.store.candidates import Candidate
+from gpubroker.store.candidates import Candidate, read_candidate
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
 
 log = logging.getLogger("gpubroker.provisioning")
@@ -101,7 +101,7 @@ class Work:
         """The offers to try next, best first: those that were not, then those that only had no turn."""
         tried, judged = {a.offer_id for a in self.tries}, {a.offer_id for a in self.tries if a not in self.throttled}
         again = judged if len(self.throttled) < _MOST_THROTTLED else tried
-        left = [Candidate(**c) for c in self.pod.candidates if c["offer_id"] not in again]
+        left = [read_candidate(c) for c in self.pod.candidates if c["offer_id"] not in again]
         return sorted(left, key=lambda candidate: candidate.offer_id in tried)
 
 

@@ -3,7 +3,7 @@
 A quote is firm in price, not in capacity: whether the provider has room is known when the pod is made.
 """
 
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from gpubroker.pods import Life, present_offer
 from gpubroker.resources.pods import Quote
 from gpubroker.store import offers as offer_rows
 from gpubroker.store import quotes as rows
-from gpubroker.store.candidates import Candidate
+from gpubroker.store.candidates import Candidate, read_candidate
 
 FIRM_SECONDS: Final = 120
 
@@ -79,7 +79,7 @@ async def show_quote(tx: store.Transaction, quote_id: str) -> Quote:
     row = await rows.find_quote(tx.conn, tx.known.agent_id, quote_id)
     if row is None:
         raise errors.NotFound
-    candidate = _read(row.offer)
+    candidate = read_candidate(row.offer)
     return Quote(
         id=row.id,
         offer=present_offer(candidate),
@@ -101,8 +101,4 @@ async def take_quote(tx: store.Transaction, quote_id: str) -> Quoted:
     if row.is_expired:
         again = {"offer_id": row.offer_id, "duration_seconds": row.seconds}
         raise errors.QuoteExpired(steps=[errors.Next("POST", "/v1/quotes", again)])
-    return Quoted(_read(row.offer), row.seconds)
-
-
-def _read(offer: dict[str, Any]) -> Candidate:
-    return Candidate(**offer)
+    return Quoted(read_candidate(row.offer), row.seconds)

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg.types.json import Jsonb
 from tests.factories import Client, World
 from tests.simulator import OFFERS
 
@@ -595,6 +596,24 @@ async def test_a_restart_needs_a_provider_that_can_and_a_disk_that_stays(world: 
         pod = await world.run(world.root)
         assert ("restart" in pod["allowed_actions"]) == allowed, kind
         await world.root.post(f"/v1/pods/{pod['id']}/restart", status=202 if allowed else 422)
+
+
+async def test_pods_and_quotes_of_another_release_are_read(world: World):
+    """A release that is replaced, or comes back, writes other fields of an offer than this one."""
+    quote = await world.root.post("/v1/quotes", {"requirements": {"gpu": ["h100"]}, "duration_seconds": 600})
+    later, earlier = await world.root.pod(), await world.root.pod()
+    more, less = {"invented_later": [1]}, ["availability", "observed_at", "stale", "priced_disk_gb"]
+    world.query("UPDATE quote SET offer = offer || %s", Jsonb(more))
+    for pod, change, value in ((later, "c || %s", Jsonb(more)), (earlier, "c - %s::text[]", less)):
+        world.query(
+            "UPDATE pod SET candidates = (SELECT jsonb_agg(" + change + ") FROM jsonb_array_elements(candidates) c)"
+            " WHERE id = %s", value, pod["id"],
+        )  # fmt: skip
+    assert (await world.root.get(f"/v1/pods/{earlier['id']}"))["offer"]["stale"] is None
+    quoted = await world.root.post("/v1/pods", {"image": "busybox", "quote_id": quote["id"]}, 202)
+    await world.drive_due()
+    for pod in (later, earlier, quoted):
+        assert (await world.root.get(f"/v1/pods/{pod['id']}"))["state"] == "running"
 
 
 async def test_agents_above_may_list_stop_and_terminate_and_nothing_else(world: World):

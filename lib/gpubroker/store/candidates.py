@@ -1,5 +1,6 @@
 """The row that a pod keeps of an offer."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -32,3 +33,8 @@ class Candidate(NamedTuple):
     observed_at: str | None = None
     stale: bool | None = None
     """How it stood when it was chosen; unknown in rows of before."""
+
+
+def read_candidate(row: Mapping[str, Any]) -> Candidate:
+    """What a row keeps. Other releases write it too while they are replaced: fields that are not known here are left out."""
+    return Candidate(**{name: row[name] for name in Candidate._fields if name in row})

@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection
-from gpubroker.store.candidates import Candidate
+from gpubroker.store.candidates import Candidate, read_candidate
 
 OPEN: Final = ("open", "ambiguous")
 
@@ -96,7 +96,7 @@ class AttemptRow:
     @property
     def candidate(self) -> Candidate:
         """The offer as it was when the pod was asked for."""
-        return Candidate(**self.offer)
+        return read_candidate(self.offer)
 
 
 @dataclass(frozen=True, slots=True)

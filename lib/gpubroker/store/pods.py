@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
 from gpubroker.store import Connection, Transaction
-from gpubroker.store.candidates import Candidate
+from gpubroker.store.candidates import Candidate, read_candidate
 
 DUPLICATE_SECONDS: Final = 120
 HARD_STOP_SECONDS: Final = 15 * 60
@@ -348,7 +348,7 @@ _CANDIDATES: Final = "SELECT candidates FROM pod WHERE id = %s"
 async def list_candidates(conn: Connection, pod_id: str) -> list[Candidate]:
     """The offers that a pod may use, best first, at the prices quoted when it was asked for."""
     row = await (await conn.execute(_CANDIDATES, (pod_id,))).fetchone()
-    return [Candidate(**candidate) for candidate in row[0]] if row else []
+    return [read_candidate(candidate) for candidate in row[0]] if row else []
 
 
 _COUNT_HOLDS: Final = "SELECT count(*)::int, coalesce(sum(amount_micro), 0)::bigint FROM hold WHERE pod_id = %s"
