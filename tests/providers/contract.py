@@ -198,7 +198,7 @@ class HttpProviderContract(ProviderContract):
         await adapter.list_managed(OWNER)
         turns, asked = 0, sim.count()
 
-        async def take(_: str, __: float) -> None:
+        async def take(*_: str, patience_seconds: float) -> None:
             nonlocal turns
             turns += 1
 
@@ -345,9 +345,9 @@ class HttpProviderContract(ProviderContract):
         for name, limit in sim.provider.limits.items():
             buckets = Buckets(f"test-{secrets.token_hex(4)}", {name: limit})
             for _ in range(limit.burst):
-                await buckets.take(name, 0)
+                await buckets.take(name, patience_seconds=0)
             with pytest.raises(Throttled) as throttled:
-                await buckets.take(name, 0)
+                await buckets.take(name, patience_seconds=0)
             assert 0 < throttled.value.wait <= limit.interval_seconds
         assert "calls" in sim.provider.limits
 

@@ -101,21 +101,17 @@ class TestLambda(HttpProviderContract):
     async def test_a_launch_waits_for_both_of_its_turns(
         self, adapter: HttpProvider, sim: Vendor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        taken: list[str] = []
+        taken: list[tuple[str, ...]] = []
 
-        async def take(name: str, _: float) -> None:
-            taken.append(name)
+        async def take(*names: str, patience_seconds: float) -> None:
+            assert patience_seconds > 0
+            taken.append(names)
 
         offer, asked = await self.offer(adapter), sim.count()
         monkeypatch.setattr(adapter.http.buckets, "take", take)
         await adapter.create(self.spec(adapter), offer, make_ref())
-        assert taken == [
-            "calls",
-            "calls",
-            "launch",
-            "calls",
-        ]  # the long wait first: the other turn is not kept through it
-        assert sim.count() - asked == taken.count("calls")
+        assert taken == [("calls",), ("calls",), ("launch", "calls")]
+        assert sim.count() - asked == len(taken)
 
     async def test_an_account_that_may_not_list_its_keys_may_have_ours(
         self, adapter: HttpProvider, sim: Vendor

@@ -47,7 +47,6 @@ _REF_TAG: Final = "gpubroker-ref"
 _PORTS_TAG: Final = "gpubroker-ports"
 """Lambda does not show user data: this tells a pod's ports. A value has at most 128 characters."""
 _USER: Final = "ubuntu"
-_TURN_SECONDS: Final = 15.0
 _LARGEST_USER_DATA: Final = 1_000_000
 
 
@@ -105,9 +104,8 @@ class Lambda(HttpProvider):
             "user_data": user_data,
             "tags": [{"key": key, "value": value} for key, value in tags.items() if value],
         }
-        await self.http.buckets.take("launch", _TURN_SECONDS)  # it counts against both limits: the longer wait is first
         return await self.http.call(
-            "create", "POST", "/instance-operations/launch", body=body, read=_read_created,
+            "create", "POST", "/instance-operations/launch", body=body, read=_read_created, limits=("launch", "calls"),
             hidden=(*spec.env.values(), *(spec.registry_auth or {}).values()),
         )  # fmt: skip
 

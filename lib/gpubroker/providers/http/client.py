@@ -8,7 +8,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ssl import SSLContext
@@ -124,24 +124,24 @@ class Client:
         body: object = None,
         instance_id: str | None = None,
         manner: Manner = "repeatable",
-        limit: str = "calls",
+        limits: Sequence[str] = ("calls",),
         hidden: Iterable[str] = (),
     ) -> T:
         """Call and read the answer. Raises ProviderErrors only.
 
         `instance_id`: a 404 means that this one is not known. `manner` is an act's contract: `once` may not be repeated,
-        `urgent` may be, and passes an open breaker, as the end of an instance must. `limit` names the rate limit that the call
-        counts against. `hidden` are secrets in the body, which an error may repeat.
+        `urgent` may be, and passes an open breaker, as the end of an instance must. `limits` are the rate limits that the
+        call counts against. `hidden` are secrets in the body, which an error may repeat.
         """
         if manner != "urgent":
             self._pass_breaker(kind)
-        await self.buckets.take(limit, _PATIENCE[kind])
+        await self.buckets.take(*limits, patience_seconds=_PATIENCE[kind])
         request = self._request(kind, method, path, query, body)
         tries = _TRIES if kind != "create" and manner != "once" else 1
         secrets = Secrets((*self._secrets, *_worth_hiding(hidden)))
         try:
             async with asyncio.timeout(self.seconds[kind]):
-                answer = await self._send(kind, request, tries, secrets, instance_id, limit)
+                answer = await self._send(kind, request, tries, secrets, instance_id, limits)
             result = read(answer)
         except TimeoutError:
             await self.breakers.fail(kind)
@@ -182,7 +182,13 @@ class Client:
         )
 
     async def _send(
-        self, kind: Kind, request: httpx.Request, tries: int, secrets: Secrets, instance_id: str | None, limit: str
+        self,
+        kind: Kind,
+        request: httpx.Request,
+        tries: int,
+        secrets: Secrets,
+        instance_id: str | None,
+        limits: Sequence[str],
     ) -> Answer:
         for n in range(1, _TRIES + 1):
             try:
@@ -194,7 +200,7 @@ class Client:
                 wait = failed.error.wait if isinstance(failed.error, Throttled) else 0.0
                 await asyncio.sleep(max(wait, self.pause_seconds * 2 ** (n - 1) * random.uniform(0.5, 1.5)))  # noqa: S311 - no secret
                 try:
-                    await self.buckets.take(limit, _PATIENCE[kind])
+                    await self.buckets.take(*limits, patience_seconds=_PATIENCE[kind])
                 except Throttled:
                     raise failed from None
         raise AssertionError
@@ -229,7 +235,7 @@ class Client:
         What there was comes at once; signs of life and new lines that trickle in after it are not waited for.
         """
         self._pass_breaker("read")
-        await self.buckets.take("calls", _PATIENCE["read"])
+        await self.buckets.take("calls", patience_seconds=_PATIENCE["read"])
         request = self._request("read", "GET", path, query, None)
         request.headers["Accept"] = "text/event-stream"
         said, began, counted = bytearray(), False, 0
