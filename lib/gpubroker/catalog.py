@@ -65,11 +65,14 @@ async def _refresh(adapters: Adapters, name: str, together: Round) -> str:
     except (errors.GpubrokerError, TimeoutError, OSError) as error:
         log.warning("the offers of %s were not refreshed: %s %s", name, type(error).__name__, error)
         return f"failed: {type(error).__name__} {error}"
+    except Exception as error:
+        log.exception("the offers of %s were not refreshed", name)
+        return f"failed: {type(error).__name__}"
     return "not due" if changes is None else f"{changes.changed} changed, {changes.gone} gone"
 
 
 async def refresh_offers(provider: Provider, tick_seconds: int, together: Round | None = None) -> rows.Changes | None:
-    """Make the provider's offers in the database what it says now; None when a refresh is not due yet.
+    """Make the provider's offers in the database what it says now; None when a refresh is not due, or a later one was faster.
 
     A provider that fails, or answers in part, loses no offer: they grow stale and say so.
     """
@@ -92,6 +95,11 @@ async def refresh_offers(provider: Provider, tick_seconds: int, together: Round 
         medians = None if capabilities.priced_by_operator else await together.read_medians()
         offers = await _read_offers(listed, medians)
         async with store.worker(store.BY_INDEX) as tx:
+            if not await rows.claim_offers(tx.conn, account_id, began_at):
+                await rows.end_refresh(
+                    tx.conn, refresh_id, complete=False, seen=len(listed), error="a later one was faster"
+                )
+                return None
             changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
             await rows.end_refresh(
                 tx.conn,

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -353,6 +354,26 @@ async def test_a_refresh_that_fails_loses_no_offer_and_is_noted_once(world: Worl
 async def test_a_refresh_comes_once_in_its_time(world: World):
     assert await catalog.refresh_offers(world.provider, 60) is None
     assert sum(operation == "list_offers" for operation, _ in world.provider.calls) == 1
+
+
+class Overtaken(Simulated):
+    """A provider whose first listing is so slow that a later refresh is complete before it."""
+
+    async def list_offers(self) -> Sequence[base.ProviderOffer]:
+        before, self.offers = self.offers, self.offers[:1]
+        if len(before) > 1:
+            assert (await catalog.refresh_offers(self, 60)) == refreshes.Changes(0, 2)
+        return before
+
+
+async def test_a_refresh_that_a_later_one_overtook_writes_nothing(world: World):
+    world.query("DELETE FROM refresh")
+    overtaken = Overtaken()
+    assert await catalog.refresh_offers(overtaken, 60) is None
+    assert len(await found(world, {})) == 1
+    first, second = world.query("SELECT complete, seen, error FROM refresh ORDER BY began_at")
+    assert (first["complete"], first["error"]) == (False, "a later one was faster")
+    assert (second["complete"], second["seen"]) == (True, 1)
 
 
 # What a refresh writes

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from tests.providers.vendors import server
 from tests.providers.vendors.lambda_ import LambdaVendor
 from tests.providers.vendors.runpod import RunpodVendor
 from tests.providers.vendors.server import Fault, Vendor
+from tests.simulator import OFFERS
 
 from gpubroker import adapters, catalog, config, reconciling
+from gpubroker.providers import base
 
 pytestmark = pytest.mark.anyio
 SECONDS = 20.0
@@ -107,3 +110,15 @@ async def test_a_sick_vendor_holds_nobody_else_up(
     tick.cancel()
     await asyncio.wait([refreshing, tick])
     assert "running" not in {(await agent.get(f"/v1/pods/{pod['id']}"))["state"] for pod in stuck}
+
+
+async def test_what_the_database_cannot_hold_fails_for_its_vendor_alone(
+    world: World, sick: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def list_offers() -> list[base.ProviderOffer]:
+        return [replace(OFFERS[0], provider_offer_id="a\0b")]
+
+    monkeypatch.setattr(world.adapters.get(sick.provider.name), "list_offers", list_offers)
+    said = await catalog.refresh_all(world.adapters)
+    assert said["runpod"].startswith("failed")
+    assert "changed" in said["lambda"]

@@ -162,6 +162,8 @@ INSERT INTO refresh (account_id, began_at) SELECT %(account)s, clock_timestamp()
  WHERE NOT EXISTS (SELECT FROM refresh WHERE account_id = %(account)s AND complete
                       AND began_at > clock_timestamp() - %(every)s * interval '1 second')
 RETURNING id, began_at"""
+_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
+_IS_LATEST: Final = "SELECT NOT EXISTS (SELECT FROM refresh WHERE account_id = %s AND complete AND began_at > %s)"
 _END_REFRESH: Final = """
 UPDATE refresh SET ended_at = clock_timestamp(), complete = %(complete)s, seen = %(seen)s, changed = %(changed)s,
        quarantined = %(quarantined)s, error = %(error)s WHERE id = %(id)s"""
@@ -179,6 +181,13 @@ async def begin_refresh(conn: Connection, account_id: str, every_seconds: int) -
     """Begin a refresh, unless a complete one began within the last `every_seconds`."""
     row = await (await conn.execute(_BEGIN_REFRESH, {"account": account_id, "every": every_seconds})).fetchone()
     return (int(row[0]), row[1]) if row else None
+
+
+async def claim_offers(conn: Connection, account_id: str, began_at: datetime) -> bool:
+    """Hold an account's offers alone until the transaction ends; false when a refresh that began later was written already."""
+    await conn.execute(_LOCK, (account_id,))
+    row = await (await conn.execute(_IS_LATEST, (account_id, began_at))).fetchone()
+    return row is not None and bool(row[0])
 
 
 async def end_refresh(
