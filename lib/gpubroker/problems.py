@@ -16,6 +16,9 @@ from gpubroker import bodies, config, errors
 log = logging.getLogger("gpubroker.web")
 
 _WORD: Final = re.compile(r"'([^']*)'")
+_MOST_SAID: Final = 50
+"""Of what is wrong with one request: nobody reads more, and each takes its time."""
+_LONGEST_WORD: Final = 64
 _OF_A_KEY: Final = "[key]"
 """Pydantic's last step to the name of a member, which is no place of its own."""
 _CLIENT_CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="gpubroker", Bearer realm="gpubroker"'}
@@ -24,7 +27,7 @@ _CLIENT_CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="gpubroker", Bearer
 def as_invalid(error: ValidationError, model: type[BaseModel], root: str) -> errors.Invalid:
     """What a model found wrong: places as JSON Pointers below `root`, and what was meant where a name is not known."""
     found: list[dict[str, object]] = []
-    for wrong in error.errors(include_url=False):
+    for wrong in error.errors(include_url=False)[:_MOST_SAID]:
         message = wrong["msg"].removeprefix("Value error, ")
         entry: dict[str, object] = {"pointer": _point(wrong["loc"], root), "message": message}
         near = None
@@ -49,7 +52,7 @@ def _point(place: tuple[int | str, ...], root: str) -> str:
 def _nearest(text: str, known: Collection[str]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only needed when something is wrong
 
-    near = get_close_matches(text, list(known), n=1)
+    near = get_close_matches(text, list(known), n=1) if len(text) <= _LONGEST_WORD else None
     return near[0] if near else None
 
 

@@ -78,6 +78,15 @@ async def test_what_is_misspelt_is_told_what_was_meant_by_its_public_name(world:
     assert "limit_usd" in [error.get("did_you_mean") for error in refused["errors"]]
 
 
+async def test_of_very_much_that_is_wrong_the_first_is_said(world: World):
+    """It is read before anybody is authenticated: what it costs has an end."""
+    body = {f"field_{n}": 1 for n in range(500)} | {"nam" * 10_000: 1}
+    refused = await world.root.post("/v1/agents", {"name": "n", **body}, 422)
+    assert len(refused["errors"]) == 50
+    refused = await world.root.post("/v1/agents", {"name": "n", "nam" * 10_000: 1}, 422)
+    assert "did_you_mean" not in refused["errors"][0]
+
+
 async def test_what_is_wrong_with_a_request_is_told_to_nobody_who_may_not_make_it(world: World):
     nobody, limited = Client("gbk_nonsense", ""), await world.root.child(scopes=[])
     for path in ("/v1/pods?cursor=x", "/v1/usage/records?cursor=x", "/v1/offers?limit=0", "/v1/pods?cursor=x&stat=y"):
