@@ -257,7 +257,8 @@ async def _take_offer(tx: store.Transaction, request: PodRequest, offer_id: str)
 def _check_offer(request: PodRequest, candidate: Candidate, pointer: str) -> None:
     lacking = sorted(request.needs - set(candidate.supports))
     if lacking:
-        why = " (containers come with the cluster)" if candidate.provider == "local" and "image" in lacking else ""
+        is_process = candidate.capabilities.get("kind") == "process" and "image" in lacking
+        why = " (its pods are processes; an offer that supports image is needed)" if is_process else ""
         msg = f"This offer of {candidate.provider} does not support: {', '.join(lacking)}{why}."
         raise errors.NotSupported(
             msg, more={"errors": [{"pointer": pointer, "message": f"lacks {name}"} for name in lacking]}

@@ -25,7 +25,8 @@ from tests.providers.common import ProviderContract
 from gpubroker import config
 from gpubroker.errors import InstanceNotFound, ProviderError, Rejected, SetupError
 from gpubroker.ids import base36
-from gpubroker.machine import capacity, control, journal, processes, record, rental
+from gpubroker.machine import capacity, control, folder, journal, processes, record, rental
+from gpubroker.machine.engine import Engine
 from gpubroker.providers import base
 from gpubroker.providers.base import Instance, Port, ProviderOffer, Spec
 from gpubroker.providers.local import Local
@@ -728,3 +729,14 @@ def test_the_record_says_what_ran_when(rent: Rent) -> None:
 def test_gpus_hold_nothing_here_unless_nvml_finds_some(rent: Rent) -> None:
     offers: Sequence[ProviderOffer] = run(rent.local.list_offers())
     assert all(offer.gpu is not None for offer in offers if offer.provider_offer_id.startswith("gpu-"))
+
+
+def test_an_engine_that_does_not_answer_leaves_open_whether_a_container_is_there(rent: Rent) -> None:
+    instance = rent.create("true")
+    dead = Engine("/bin/false", "podman", [], joins=False, env={})
+    folder.note_engine(str(rent.pods), dead._asdict())
+    with pytest.raises(ProviderError) as failed:
+        run(rent.local.terminate(make_ref()))
+    assert failed.value.code == "engine_failed"
+    run(rent.local.terminate(instance.id))
+    assert rent.get(instance.id).life == "gone"

@@ -55,7 +55,7 @@ class Capabilities:
     """The provider itself ends an instance at its hard stop."""
     spot: bool = False
     restarts: bool = True
-    """It can restart the program of a running instance."""
+    """It can restart the program of a running instance, with its disk: a machine always, another where its offer has `stop`."""
     priced_by_operator: bool = False
     """Its prices are our own settings: none is doubted for being far from the median of its model."""
 

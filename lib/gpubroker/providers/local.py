@@ -149,16 +149,14 @@ class Local(Provider):
         if (self._account or await self.account()) != await _on_disk(folder.identity, self.pods):
             raise ProviderError("account_changed", f"{self.pods} is not the folder that it was")
         refs = [ref for ref in await _on_disk(folder.live, self.pods) if ref.startswith(f"gb-{owner}-")]
-        strays = [_stray(ref) for ref in await _on_disk(self._strays) if ref.startswith(f"gb-{owner}-")]
+        strays = [_stray(ref) for ref in await _on_disk(self._list_strays) if ref.startswith(f"gb-{owner}-")]
         return [instance for instance in await self._look_at_all(refs) if instance.life != "gone"] + strays
 
-    def _strays(self) -> list[str]:
+    def _list_strays(self) -> list[str]:
         """Containers that lost their folder. What cannot be listed now is found later: no pod is known by it alone."""
         used = folder.read_engine(self.pods)
-        if used is None:
-            return []
         try:
-            return engine.strays(engine.Engine(**used), self.pods, seconds=_ENGINE_SECONDS)
+            return [] if used is None else engine.strays(engine.Engine(**used), self.pods, seconds=_ENGINE_SECONDS)
         except engine.Failed:
             return []
 
@@ -183,13 +181,18 @@ class Local(Provider):
             if not await _on_disk(self._remove_stray, instance_id):
                 raise
         else:
-            await _on_disk(self._remove_stray, instance_id)
+            with contextlib.suppress(ProviderError):  # what is left then is listed as a stray
+                await _on_disk(self._remove_stray, instance_id)
 
     def _remove_stray(self, ref: str) -> bool:
-        if ref not in self._strays():
+        """False when there is none; an engine that does not answer leaves that open."""
+        used = folder.read_engine(self.pods)
+        if used is None:
             return False
         try:
-            engine.remove(engine.Engine(**folder.read_engine(self.pods) or {}), ref, seconds=_LOOK_SECONDS)
+            if ref not in engine.strays(engine.Engine(**used), self.pods, seconds=_ENGINE_SECONDS):
+                return False
+            engine.remove(engine.Engine(**used), ref, seconds=_LOOK_SECONDS)
         except engine.Failed as error:
             raise ProviderError("engine_failed", str(error)) from None
         return True
