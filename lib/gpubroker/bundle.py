@@ -12,7 +12,8 @@ from gpubroker.errors import SetupError
 class Function(NamedTuple):
     """One function. `paths` are prefixes of its public paths, unique over the bundle.
 
-    `concurrency` is requests at once per instance, `timeout_seconds` the longest that one may take.
+    `concurrency` is requests at once per instance, `timeout_seconds` the longest that one may take, `memory_limit` what
+    an instance may use.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Function(NamedTuple):
     max_scale: int = 10
     concurrency: int = 80
     timeout_seconds: int = 60
+    memory_limit: str = "512Mi"
     schedule: str | None = None
     """Cron line of its PingSource."""
 
@@ -64,6 +66,7 @@ FUNCTIONS: Final = (
     Function(
         "catalog", "tick", "refreshes the offers of every provider",
         vendor_credentials=True, max_scale=2, timeout_seconds=300, schedule="* * * * *",
+        memory_limit="1Gi",  # a vendor's listing may have 64 MiB, and takes seven times that when it is read
     ),
     Function("deadletter", "consumer", "records what could not be delivered", max_scale=2),
 )  # fmt: skip

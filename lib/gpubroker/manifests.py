@@ -206,7 +206,7 @@ def _container(function: bundle.Function) -> Manifest:
         "readinessProbe": {"tcpSocket": {"port": 0}},
         "livenessProbe": {"tcpSocket": {"port": 0}, "periodSeconds": 30, "failureThreshold": 4},
         # No limit of CPU: a start is CPU alone.
-        "resources": {"requests": {"cpu": "50m", "memory": "96Mi"}, "limits": {"memory": "512Mi"}},
+        "resources": {"requests": {"cpu": "50m", "memory": "96Mi"}, "limits": {"memory": function.memory_limit}},
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": 65532,

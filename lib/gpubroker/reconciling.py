@@ -42,24 +42,25 @@ async def reconcile(adapters: Adapters) -> None:
     What waits for one provider holds the rest up for a moment only: it goes on beside it, and the tick ends with it.
     """
     began = time.monotonic()
-    driver = Driver(adapters)
+    driver, gates = Driver(adapters), make_gates()
     late: list[asyncio.Task[None]] = []
     try:
         await expire()
-        await _patiently(drive_due(driver), late)
+        await _patiently(drive_due(driver, gates), late)
         await _patiently(sweep_all(adapters), late)
-        await _patiently(drive_due(driver), late)
+        await _patiently(drive_due(driver, gates), late)
         await metering.bill_all(older_than_seconds=min(60, config.settings().tick_seconds))
         await _tidy()
         limit = min(_LONGEST_SECONDS, config.settings().tick_seconds - 10.0)
         while time.monotonic() - began < limit and await _is_anything_due_soon():
             await asyncio.sleep(_LOOK_SECONDS)
             await expire()
-            await _patiently(drive_due(driver), late)
+            await _patiently(drive_due(driver, gates), late)
         await asyncio.gather(*late)
     finally:
         for task in late:
             task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
 
 
 async def _patiently(work: Coroutine[Any, Any, None], late: list[asyncio.Task[None]]) -> None:
@@ -80,11 +81,18 @@ async def expire() -> None:
         await provisioning.expire(pod_id)
 
 
-async def drive_due(driver: Driver) -> None:
+Gates = defaultdict[str, asyncio.Semaphore]
+
+
+def make_gates() -> Gates:
+    """By provider, within which its pods are driven: as many at once, however often in a tick it is looked for what is due."""
+    return defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+
+
+async def drive_due(driver: Driver, gates: Gates) -> None:
     """Drive every pod that is due, several at once of each provider; one that fails holds no other up."""
     async with store.worker() as tx:
         due = await rows.list_due_at(tx.conn, _BATCH)
-    gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
 
     async def drive(pod_id: str, provider: str) -> None:
         async with gates[provider]:

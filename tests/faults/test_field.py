@@ -171,7 +171,9 @@ async def test_10_two_controllers_after_a_recovery_create_one_instance(world: Wo
     await rent_from(world, Final())
     pods = {(await world.root.pod(max_lifetime_seconds=LIFE))["id"] for _ in range(4)}
     drivers = [Driver(world.adapters) for _ in range(3)]
-    await asyncio.gather(*(reconciling.drive_due(driver) for driver in drivers), world.sweep(), world.sweep())
+    await asyncio.gather(
+        *(reconciling.drive_due(driver, reconciling.make_gates()) for driver in drivers), world.sweep(), world.sweep()
+    )
     await heal(world, ticks=1)
     assert world.provider.count("create") == 4
     check_instances(world, pods)

@@ -1057,3 +1057,14 @@ async def test_nothing_is_listed_as_missing_before_it_can_be_seen(world: World) 
     assert instance(world)["misses"] == 1
     async with store.worker() as tx:
         assert await rows.list_due(tx.conn, 0, 10) == [pod_id], "and then it is looked at"
+
+
+async def test_of_each_provider_as_many_are_driven_whatever_waits_for_another(world: World) -> None:
+    await rent_from(world, Final())
+    *hung, last = [(await world.root.pod())["id"] for _ in range(3)]
+    world.query(
+        "UPDATE pod SET candidates = jsonb_set(candidates, '{0,provider}', '\"hangs\"') WHERE id = ANY(%s)", hung
+    )
+    async with store.worker() as tx:
+        assert await rows.list_due_at(tx.conn, 1) == [(hung[0], "hangs"), (last, world.provider.name)]
+        assert len(await rows.list_due_at(tx.conn, 2)) == 3

@@ -217,13 +217,21 @@ async def list_due(conn: Connection, within_seconds: float, limit: int) -> list[
 
 
 _DUE_AT: Final = """
-SELECT p.id, coalesce((SELECT a.provider FROM attempt a WHERE a.pod_id = p.id ORDER BY a.n DESC LIMIT 1),
-                      p.candidates -> 0 ->> 'provider', '')
-  FROM pod p WHERE p.due_at <= instant() ORDER BY p.due_at LIMIT %s"""
+WITH due AS (
+    SELECT p.id, p.due_at, coalesce((SELECT a.provider FROM attempt a WHERE a.pod_id = p.id ORDER BY a.n DESC LIMIT 1),
+                                    p.candidates -> 0 ->> 'provider', '') AS provider
+      FROM pod p WHERE p.due_at <= instant()
+), placed AS (
+    SELECT due.*, row_number() OVER (PARTITION BY provider ORDER BY due_at) AS place FROM due
+)
+SELECT id, provider FROM placed WHERE place <= %s ORDER BY due_at"""
 
 
 async def list_due_at(conn: Connection, limit: int) -> list[tuple[str, str]]:
-    """The pods that are due now, the longest due first, each with the provider that its step will wait for most likely."""
+    """The pods that are due now, the longest due first, each with the provider that its step will wait for most likely.
+
+    So many of each provider: those of one that answers nobody keep no other's pods out.
+    """
     return [(str(row[0]), str(row[1])) for row in await (await conn.execute(_DUE_AT, (limit,))).fetchall()]
 
 
