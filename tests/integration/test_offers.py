@@ -8,6 +8,7 @@ from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any
 
+import psycopg
 import pytest
 from tests import plans
 from tests.factories import World
@@ -403,6 +404,28 @@ async def test_numbers_finer_than_columns_are_no_change_the_next_time(world: Wor
     assert abs(shown["finer"]["reliability"] - finer.reliability) < 1e-6
 
 
+async def test_many_changes_are_as_many_statements_as_one(world: World, monkeypatch: pytest.MonkeyPatch):
+    statements: list[str] = []
+    execute = psycopg.AsyncCursor.execute
+
+    async def count(self: Any, query: Any, *arguments: Any, **more: Any) -> Any:
+        statements.append(str(query))
+        return await execute(self, query, *arguments, **more)
+
+    listed = [replace(OFFERS[0], provider_offer_id=f"many-{n}") for n in range(400)]
+    world.provider.offers = listed
+    assert await refresh(world) == refreshes.Changes(400, len(OFFERS))
+    counted: list[int] = []
+    monkeypatch.setattr(psycopg.AsyncCursor, "execute", count)
+    for changed in (1, 400):
+        statements.clear()
+        dearer = [replace(offer, price_micro_h=offer.price_micro_h + changed) for offer in listed[:changed]]
+        world.provider.offers = [*dearer, *listed[changed:]]
+        assert await refresh(world) == refreshes.Changes(changed, 0)
+        counted.append(len(statements))
+    assert counted[0] == counted[1] < 20
+
+
 async def test_a_refresh_writes_the_one_offer_that_changed_and_its_price(world: World):
     before = {row["id"]: row["changed_at"] for row in world.query("SELECT id, changed_at FROM offer")}
     cheaper = replace(OFFERS[0], price_micro_h=1_900_000)
@@ -504,6 +527,7 @@ async def test_the_first_twenty_of_twenty_thousand_are_read_by_index(world: Worl
     cases += [({"supports": ["exec"]}, "price"), ({"max_price_usd_per_hour": 5_000_000}, "price")]
     cases += [({"gpu": ["L4"], "supports": ["exec", "image"], "min_reliability": 0.5}, "price")]
     cases += [({"min_vram_gb": 24, "supports": ["exec"], "max_price_usd_per_gpu_hour": 5_000_000}, "price")]
+    cases += [(filters, sort) for filters in ({"gpu": ["L4"]}, {"min_vram_gb": 80, "gpu_count": 2}) for sort in SORTS]
     for filters, sort in cases:
         for descending in (False, True):
             with subtests.test(filters=filters, sort=sort, descending=descending):
