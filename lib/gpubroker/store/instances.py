@@ -208,7 +208,9 @@ async def wake_for_look(conn: Connection, pod_id: str) -> None:
     )
 
 
-_DUE: Final = "SELECT id FROM pod WHERE due_at <= instant() + %s * interval '1 second' ORDER BY due_at LIMIT %s"
+_DUE: Final = (
+    "SELECT id FROM pod WHERE due_at <= (SELECT instant()) + %s * interval '1 second' ORDER BY due_at LIMIT %s"
+)
 
 
 async def list_due(conn: Connection, within_seconds: float, limit: int) -> list[str]:
@@ -220,7 +222,7 @@ _DUE_AT: Final = """
 WITH due AS (
     SELECT p.id, p.due_at, coalesce((SELECT a.provider FROM attempt a WHERE a.pod_id = p.id ORDER BY a.n DESC LIMIT 1),
                                     p.candidates -> 0 ->> 'provider', '') AS provider
-      FROM pod p WHERE p.due_at <= instant()
+      FROM pod p WHERE p.due_at <= (SELECT instant())
 ), placed AS (
     SELECT due.*, row_number() OVER (PARTITION BY provider ORDER BY due_at) AS place FROM due
 )
@@ -236,7 +238,7 @@ async def list_due_at(conn: Connection, limit: int) -> list[tuple[str, str]]:
 
 
 _EXPIRED: Final = """
-SELECT id FROM pod WHERE ends_at <= instant() AND wanted <> 'gone'
+SELECT id FROM pod WHERE ends_at <= (SELECT instant()) AND wanted <> 'gone'
 UNION
 SELECT id FROM pod WHERE idle_seconds IS NOT NULL AND state = 'running' AND wanted <> 'gone'
    AND touched_at + idle_seconds * interval '1 second' <= instant()
