@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -42,24 +43,29 @@ class Cluster:
     def __init__(self, kubeconfig: str | None) -> None:
         self._kubeconfig = kubeconfig
         self._api: ApiClient | None = None
+        self._connecting = threading.Lock()
 
     def _connect(self) -> "ApiClient":
-        if self._api is None:
-            # A second of imports that no function pays which has no pod here.
-            from kubernetes import client, config  # noqa: PLC0415
+        with self._connecting:  # the first calls come at once, each from a thread of its own
+            if self._api is None:
+                self._api = self._make_api()
+            return self._api
 
-            settings = client.Configuration()
-            settings.retries = False  # what may be repeated is for the caller to say
-            try:
-                if self._kubeconfig is None:
-                    config.load_incluster_config(client_configuration=settings)
-                else:
-                    config.load_kube_config(self._kubeconfig, client_configuration=settings)
-            except (config.ConfigException, OSError) as error:
-                msg = f"no cluster can be reached: {error}; set KUBECONFIG, or run in a pod of the cluster"
-                raise SetupError(msg) from None
-            self._api = client.ApiClient(settings)
-        return self._api
+    def _make_api(self) -> "ApiClient":
+        # A second of imports that no function pays which has no pod here.
+        from kubernetes import client, config  # noqa: PLC0415
+
+        settings = client.Configuration()
+        settings.retries = False  # what may be repeated is for the caller to say
+        try:
+            if self._kubeconfig is None:
+                config.load_incluster_config(client_configuration=settings)
+            else:
+                config.load_kube_config(self._kubeconfig, client_configuration=settings)
+        except (config.ConfigException, OSError) as error:
+            msg = f"no cluster can be reached: {error}; set KUBECONFIG, or run in a pod of the cluster"
+            raise SetupError(msg) from None
+        return client.ApiClient(settings)
 
     async def call(
         self, method: str, path: str, body: object = None, *, seconds: float = _CALL_SECONDS, **query: object
@@ -131,6 +137,7 @@ class Cluster:
                 said = received.get(_ERROR, b"") if not socket.is_open() else b""
             finally:
                 socket.close()
+                cast("Any", opened).sock.shutdown()  # where the server closed first, the library leaves its socket open
         except WebSocketBadStatusException as error:
             raise _fail(error.status_code, error.resp_body or b"") from None
         except (WebSocketException, OSError) as error:
