@@ -16,7 +16,8 @@ from gpubroker.store import offers as rows
 _STORE_SEARCHES, _HTTP_SEARCHES, _HELLOS = 400, 300, 300
 _STORE_MS, _HTTP_MS, _PER_SECOND = 1.5, 8.0, 2000.0
 _POPULAR = 64
-_CONNECTIONS = 16
+_CONNECTIONS = 32
+"""So many keep the core busy while lots of them are at the database."""
 _ROUNDS, _ROUND_SECONDS = 5, 2.0
 
 
