@@ -6,28 +6,34 @@ needs to be found again is committed before it is sent (DESIGN 5 and 6).
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from enum import Enum, auto
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import psycopg
-
-from gpubroker import config, errors, holds, sealing, sightings, store
-from gpubroker.ids import base36, new_id
-from gpubroker.money import cost
+from gpubroker import config, errors, sightings, store
+from gpubroker.attempts import (
+    abandon,
+    make_ambiguous,
+    make_ref,
+    make_stray,
+    may_try_again,
+    provider_offer,
+    read_spec,
+    record_rejection,
+    wait_for_births,
+)
+from gpubroker.ids import new_id
 from gpubroker.providers import base
 from gpubroker.providers.registry import Adapters
 from gpubroker.sightings import Scene
+from gpubroker.steps import Step, Work, next_step
 from gpubroker.store import billing as billing_rows
 from gpubroker.store import events as event_rows
 from gpubroker.store import instances as rows
 from gpubroker.store import pods as pod_rows
-from gpubroker.store.candidates import Candidate, read_candidate
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
 
 log = logging.getLogger("gpubroker.provisioning")
@@ -35,142 +41,12 @@ log = logging.getLogger("gpubroker.provisioning")
 T = TypeVar("T")
 SEND_SECONDS: Final = 10
 """A create that was not sent by then is not sent at all."""
-_NO_TURN: Final = frozenset({"throttled", "own_limit"})
-_MOST_THROTTLED: Final = 20
-"""After so many creates without a turn its provider is as good as full."""
 _LONGEST_TURN_SECONDS: Final = 600
 _POLL_SECONDS: Final = 2
 _LONGEST_PAUSE_SECONDS: Final = 60
 _SLOW_POLL_SECONDS: Final = 15
 _LOG_BYTES: Final = 1024 * 1024
 _LOG_SECONDS: Final = 10
-
-
-class Step(Enum):
-    """What is due for a pod."""
-
-    REST = auto()
-    EXPIRE = auto()
-    WARN = auto()
-    WAIT = auto()
-    DOUBT = auto()
-    LOOK_UP = auto()
-    ATTEMPT = auto()
-    GIVE_UP = auto()
-    LOOK = auto()
-    START = auto()
-    STOP = auto()
-    RESTART = auto()
-    EXTEND = auto()
-    TERMINATE = auto()
-    CONFIRM = auto()
-    FINISH = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A claimed pod with all that decides its next step. `instance` is None when it has none that may be alive."""
-
-    pod: PodRow
-    attempts: list[AttemptRow]
-    instance: InstanceRow | None
-
-    @property
-    def attempt(self) -> AttemptRow | None:
-        """The latest attempt."""
-        return self.attempts[0] if self.attempts else None
-
-    @property
-    def maker(self) -> AttemptRow:
-        """The attempt that made the instance."""
-        made = self.instance.attempt_id if self.instance else None
-        return next(attempt for attempt in self.attempts if attempt.id == made)
-
-    @property
-    def tries(self) -> list[AttemptRow]:
-        """The attempts since running was last wanted."""
-        return [a for a in self.attempts if a.at >= self.pod.wanted_at]
-
-    @property
-    def throttled(self) -> list[AttemptRow]:
-        """Those for which the provider had no turn: they say nothing of their offers."""
-        return [a for a in self.tries if a.state == "rejected" and a.code in _NO_TURN]
-
-    @property
-    def untried(self) -> list[Candidate]:
-        """The offers to try next, best first: those that were not, then those that only had no turn."""
-        tried, judged = {a.offer_id for a in self.tries}, {a.offer_id for a in self.tries if a not in self.throttled}
-        again = judged if len(self.throttled) < _MOST_THROTTLED else tried
-        left = [read_candidate(c) for c in self.pod.candidates if c["offer_id"] not in again]
-        return sorted(left, key=lambda candidate: candidate.offer_id in tried)
-
-
-def next_step(work: Work) -> Step:  # noqa: PLR0911 - a table: each row is one state of affairs
-    """The step that is due. A pure rule over rows: who asked for it, or in which order things came, plays no part."""
-    pod, attempt, instance = work.pod, work.attempt, work.instance
-    if pod.wanted != "gone" and (pod.now >= pod.ends_at or (pod.idle_at is not None and pod.now >= pod.idle_at)):
-        return Step.EXPIRE
-    if pod.wanted != "gone" and pod.warns_at is not None and pod.now >= pod.warns_at:
-        return Step.WARN
-    if attempt is not None and attempt.state == "open":
-        return Step.WAIT if pod.now < attempt.over_at else Step.DOUBT
-    if attempt is not None and attempt.state == "ambiguous":
-        return Step.LOOK_UP
-    if instance is None:
-        return {"gone": Step.FINISH, "stopped": Step.REST, "running": _next_attempt(work)}[pod.wanted]
-    if pod.wanted == "gone":
-        return Step.TERMINATE if instance.terminate_sent_at is None else Step.CONFIRM
-    if pod.wanted == "stopped":
-        if instance.life in ("running", "starting") or _is_kept_for_nothing(work, instance):
-            return Step.STOP
-        return _next_resting_step(work, instance, rests=instance.life in ("stopped", "interrupted"))
-    return _next_running_step(work, instance)
-
-
-def _next_resting_step(work: Work, instance: InstanceRow, *, rests: bool) -> Step:
-    """Nothing is to be changed but the provider's own end of it; what a listing lacked is looked at."""
-    hard_stop_at = work.pod.hard_stop_at.replace(microsecond=0)  # providers and references know whole seconds
-    if not rests or instance.missed_since is not None:
-        return Step.LOOK
-    if instance.hard_stop_at is not None and instance.hard_stop_at < hard_stop_at and _can(work, "moves_hard_stop"):
-        return Step.EXTEND
-    return Step.REST
-
-
-def _is_kept_for_nothing(work: Work, instance: InstanceRow) -> bool:
-    """Its program ended by itself, and the provider bills it as if it ran: a stop that was not sent yet makes it cheaper."""
-    capabilities = work.maker.candidate.capabilities
-    can = "stop" in work.maker.candidate.supports and capabilities.get("stopped_billing") != "full"
-    was_sent = instance.commanded_at is not None and instance.commanded_at >= work.pod.wanted_at
-    return can and instance.life == "stopped" and work.pod.billing == "full" and not was_sent
-
-
-def _next_attempt(work: Work) -> Step:
-    return Step.ATTEMPT if work.untried else Step.GIVE_UP
-
-
-def _next_running_step(work: Work, instance: InstanceRow) -> Step:
-    pod = work.pod
-    is_lost = instance.life == "interrupted" and "stop" not in work.maker.candidate.supports
-    if instance.life in ("stopped", "interrupted") and not is_lost:
-        return Step.START
-    if is_lost or instance.life == "failed" or _is_boot_over(work, instance):
-        return _next_attempt(work)
-    is_unreachable = instance.life == "unknown" and instance.started_at is not None
-    if pod.is_restart_pending and (instance.life == "running" or is_unreachable):
-        return Step.RESTART
-    return _next_resting_step(work, instance, rests=instance.life == "running" and pod.state == "running")
-
-
-def _is_boot_over(work: Work, instance: InstanceRow) -> bool:
-    if instance.started_at is not None or instance.life == "running":
-        return False
-    limit = timedelta(seconds=int(work.maker.candidate.capabilities["boot_limit_seconds"]))
-    return work.pod.now - instance.known_at > limit
-
-
-def _can(work: Work, capability: str) -> bool:
-    return bool(work.maker.candidate.capabilities.get(capability))
 
 
 class Driver:
@@ -257,7 +133,7 @@ class Driver:
     async def _doubt(self, work: Work) -> None:
         """Whoever sent the create, if it was sent, is not there any more."""
         if work.attempt is not None:
-            await _make_ambiguous(work, work.attempt, "no_answer", "the caller of the create was lost")
+            await make_ambiguous(work, work.attempt, "no_answer", "the caller of the create was lost")
 
     async def _give_up(self, work: Work) -> None:
         """No offer is left to try: the pod failed, and goes on to its end."""
@@ -293,7 +169,7 @@ class Driver:
             return
         attempt, adapter = opened
         if time.monotonic() - begun > SEND_SECONDS:  # committed too late to be sent: the sweep may doubt it by now
-            await _record_rejection(work, attempt, errors.Rejected("not_sent", "the time to send it was over"))
+            await record_rejection(work, attempt, errors.Rejected("not_sent", "the time to send it was over"))
             return
         await self._create(work, attempt, adapter, spec)
 
@@ -301,21 +177,21 @@ class Driver:
         limit = int(attempt.candidate.capabilities["create_limit_seconds"])
         asked_at = attempt.at
         try:
-            created = await asyncio.wait_for(adapter.create(spec, _provider_offer(attempt), attempt.ref), limit)
+            created = await asyncio.wait_for(adapter.create(spec, provider_offer(attempt), attempt.ref), limit)
         except errors.Rejected as rejection:
-            await _record_rejection(work, attempt, rejection)
+            await record_rejection(work, attempt, rejection)
         except errors.Throttled as throttled:
             code = "quota_exceeded" if throttled.wait > _LONGEST_TURN_SECONDS else throttled.code
-            await _record_rejection(work, attempt, errors.Rejected(code, throttled.detail), throttled.wait)
+            await record_rejection(work, attempt, errors.Rejected(code, throttled.detail), throttled.wait)
         except errors.CredentialRefused as refusal:
-            await _record_rejection(work, attempt, errors.Rejected("credential_refused", refusal.code))
+            await record_rejection(work, attempt, errors.Rejected("credential_refused", refusal.code))
         except errors.AmbiguousOutcome as ambiguous:
             if ambiguous.maybe_id is not None:
                 await self._record_birth(attempt, base.Created(ambiguous.maybe_id), asked_at)
             else:
-                await _make_ambiguous(work, attempt, ambiguous.code, ambiguous.detail)
+                await make_ambiguous(work, attempt, ambiguous.code, ambiguous.detail)
         except (errors.ProviderError, TimeoutError, OSError) as error:
-            await _make_ambiguous(work, attempt, type(error).__name__, str(error))
+            await make_ambiguous(work, attempt, type(error).__name__, str(error))
         else:
             await self._record_birth(attempt, created, asked_at)
 
@@ -342,10 +218,10 @@ class Driver:
             if pod.turn != work.pod.turn or pod.wanted != "running":
                 await rows.wake_pod(tx.conn, pod.id)
                 return None
-            if not await _may_try_again(tx, work, candidate):
+            if not await may_try_again(tx, work, candidate):
                 return None
             if work.instance is not None:
-                await _make_stray(tx, pod, work)
+                await make_stray(tx, pod, work)
             new = rows.NewAttempt(
                 id=new_id("att"),
                 pod=pod,
@@ -386,7 +262,7 @@ class Driver:
                     await adopt(tx, attempt, instance.id, instance, asked_at)
             return
         if attempt.looked_up + 1 >= len(times):
-            await _abandon(work, attempt)
+            await abandon(work, attempt)
             return
         async with store.worker() as tx:
             await rows.lock_pod(tx.conn, work.pod.id)
@@ -514,7 +390,7 @@ class Driver:
             ):
                 await rows.wake_pod(tx.conn, pod.id)
                 return
-            until = await _wait_for_births(tx, pod, attempts)
+            until = await wait_for_births(tx, pod, attempts)
             if until is not None:
                 await rows.save_pod(tx.conn, replace(pod, due_at=until))
                 return
@@ -548,40 +424,6 @@ class Driver:
 
 
 # Rules and small parts
-
-
-def make_ref(owner: str, attempt_id: str, hard_stop_at: datetime) -> str:
-    """The name of an attempt at its provider: whose, which, and the moment after which anyone may destroy it."""
-    return f"gb-{owner}-{attempt_id.removeprefix('att_')}-{base36(int(hard_stop_at.timestamp()))}"
-
-
-def read_spec(pod: PodRow) -> base.Spec:
-    """What a provider needs to run the pod, its secrets opened."""
-    secrets: dict[str, Any] = {}
-    if pod.env_sealed is not None:
-        secrets = json.loads(sealing.unseal("pod", pod.id, pod.env_sealed))
-    spec = pod.spec
-    return base.Spec(
-        pod_id=pod.id,
-        command=tuple(spec.get("command") or ()),
-        image=spec.get("image"),
-        env=secrets.get("env", {}),
-        ports=tuple(base.Port(port["port"], port["protocol"]) for port in spec.get("ports") or ()),
-        disk_gb=spec.get("disk_gb") or 0,
-        hard_stop_at=pod.hard_stop_at,
-        ssh_public_key=spec.get("ssh_public_key"),
-        registry_auth=secrets.get("registry_auth"),
-    )
-
-
-def _provider_offer(attempt: AttemptRow) -> base.ProviderOffer:
-    c = attempt.candidate
-    return base.ProviderOffer(
-        provider_offer_id=c.provider_offer_id, gpu=c.gpu, gpu_count=c.gpu_count, vcpus=c.vcpus, ram_gb=c.ram_gb,
-        disk_gb=c.disk_gb, region=c.region, price_micro_h=c.price_micro_h, supports=frozenset(c.supports),  # pyright: ignore[reportArgumentType]
-        availability="high", vram_gb=c.vram_gb, country=c.country, spot=c.spot, stopped_micro_h=c.stopped_micro_h,
-        min_billing_s=c.min_billing_s, increment_s=c.increment_s,
-    )  # fmt: skip
 
 
 async def _limited(attempt: AttemptRow, call: Awaitable[T]) -> T:
@@ -685,101 +527,6 @@ def _hard_stop(attempt: AttemptRow, seen: base.Instance | None) -> datetime:
     if seen is not None and seen.hard_stop_at is not None:
         return seen.hard_stop_at
     return datetime.fromtimestamp(int(attempt.ref.rpartition("-")[2], 36), UTC)
-
-
-async def _record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Rejected, wait: float = 0.0) -> None:
-    """On to the next offer; `wait` seconds are waited where only those are left that had no turn."""
-    async with store.worker() as tx:
-        pod = await rows.lock_pod(tx.conn, work.pod.id)
-        if not await rows.settle_attempt(
-            tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail
-        ):  # the sweep knew better, or gave it up: this answer is too late to say anything of the pod
-            await rows.wake_pod(tx.conn, pod.id)
-            return
-        others = {candidate["offer_id"] for candidate in work.pod.candidates} - {a.offer_id for a in work.tries}
-        is_last = rejection.code in _NO_TURN and others <= {attempt.offer_id} and pod.wanted == "running"
-        pause = max(wait, min(2 ** len(work.throttled), _LONGEST_PAUSE_SECONDS)) if is_last else 0
-        due_at = pod.now + timedelta(seconds=pause)
-        after = replace(pod, due_at=due_at, state_reason=f"{attempt.provider}: {rejection.code}")
-        if not rejection.try_next_offer and pod.wanted == "running":
-            after = replace(
-                after, state="failed", wanted="gone", wanted_at=pod.now, ends_because="provisioning_failed",
-                charge_until=pod.now.replace(microsecond=0),
-            )  # fmt: skip
-        await sightings.save(tx, pod, after)
-
-
-async def _make_ambiguous(work: Work, attempt: AttemptRow, code: str, detail: str) -> None:
-    """Nobody knows whether the create made something: look the reference up, and try nothing else meanwhile."""
-    async with store.worker() as tx:
-        pod = await rows.lock_pod(tx.conn, work.pod.id)
-        await rows.settle_attempt(tx.conn, attempt.id, "ambiguous", code=code, detail=detail, leaving=("open",))
-        await rows.wake_pod(tx.conn, pod.id)
-
-
-async def _abandon(work: Work, attempt: AttemptRow) -> None:
-    """The reference was not found. A birth later is ended on sight; until it cannot come any more its hold stays."""
-    lag = int(attempt.candidate.capabilities["visibility_lag_seconds"])
-    until = attempt.over_at + timedelta(seconds=config.settings().stray_grace_seconds + lag)
-    async with store.worker() as tx:
-        pod = await rows.lock_pod(tx.conn, work.pod.id)
-        await rows.settle_attempt(tx.conn, attempt.id, "abandoned", hold_until=until, leaving=("ambiguous",))
-        await rows.wake_pod(tx.conn, pod.id)
-
-
-async def _wait_for_births(tx: store.Transaction, pod: PodRow, attempts: list[AttemptRow]) -> datetime | None:
-    """Until when an abandoned attempt of this pod may still bear something; None when none may."""
-    soon = pod.now + timedelta(seconds=_SLOW_POLL_SECONDS)
-    for attempt in attempts:
-        if attempt.state != "abandoned" or attempt.hold_until is None:
-            continue
-        if pod.now < attempt.hold_until:
-            return max(soon, attempt.hold_until) if attempt.hold_until > soon else attempt.hold_until
-        if attempt.candidate.capabilities.get("terminal_is_final"):
-            continue
-        if await rows.count_listings(tx.conn, attempt.account_id, attempt.hold_until) < sightings.MANY_LISTINGS:
-            return soon
-    return None
-
-
-async def _may_try_again(tx: store.Transaction, work: Work, candidate: Candidate) -> bool:
-    """While an abandoned create may still come true, a further one needs a hold of its own, or waits."""
-    until = await _wait_for_births(tx, work.pod, work.attempts)
-    if until is None:
-        return True
-    pod = work.pod
-    left = max(0, round((pod.ends_at - pod.now).total_seconds()))
-    fixed = candidate.min_billing_s + int(candidate.capabilities.get("termination_allowance_seconds", 0))
-    try:
-        async with tx.conn.transaction():
-            await pod_rows.take_hold(
-                tx.conn,
-                pod.id,
-                f"attempt:{len(work.attempts) + 1}",
-                pod.agent_id,
-                max(1, cost(candidate.price_micro_h, left + fixed)),
-            )
-    except psycopg.Error as error:
-        if holds.limiting_agent(error) is None:
-            raise
-        await rows.save_pod(
-            tx.conn, replace(pod, due_at=until, state_reason="waiting: an earlier create may still come true")
-        )
-        return False
-    return True
-
-
-async def _make_stray(tx: store.Transaction, pod: PodRow, work: Work) -> None:
-    """Fail over: the sweep ends the old instance, and what it costs from here on is the installation's loss."""
-    instance = await rows.lock_live(tx.conn, pod.id)
-    if instance is None:
-        return
-    stray = replace(instance, role="stray")
-    await rows.save_instance(tx.conn, stray)
-    if instance.started_at is None:
-        await sightings.charge_installation(tx, stray, work.maker)
-    else:
-        await billing_rows.change_phase(tx.conn, stray.id, pod.now, "full", work.maker.price_micro_h, "operator")
 
 
 async def _keep_log(attempt: AttemptRow, adapter: base.Provider, instance: InstanceRow) -> None:

@@ -12,10 +12,10 @@ from datetime import timedelta
 from typing import Final, TypeVar
 
 from gpubroker import errors, times
+from gpubroker.attempts import make_ref
 from gpubroker.ids import new_id
 from gpubroker.money import cost, format_usd
 from gpubroker.providers.base import Instance, Provider, ProviderOffer, Spec, Support
-from gpubroker.provisioning import make_ref
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ import pytest
 from tests.simulator import OFFERS, Simulated
 
 from gpubroker import deadman
+from gpubroker.attempts import make_ref
 from gpubroker.errors import InstanceNotFound, ProviderError, Throttled
 from gpubroker.providers import base
-from gpubroker.provisioning import make_ref
 
 pytestmark = pytest.mark.anyio
 OWNER = "deadman1"

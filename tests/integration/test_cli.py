@@ -308,7 +308,10 @@ def on_a_terminal(
 ) -> tuple[int, str]:
     """Its exit code and what the terminal showed; once that holds `until`, `then` is typed."""
     ours, theirs = pty.openpty()
-    command = gpubroker.start(*words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    command = gpubroker.start(
+        *words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background ignores it
+    )  # fmt: skip
     os.close(theirs)
     shown, deadline = b"", time.monotonic() + seconds
     try:

@@ -157,7 +157,9 @@ OURS = (
 _RENTING = "budgets holds paging resources.agents resources.budgets store.accounts store.budgets store.candidates"
 _OFFERING = "resources.offers store.offers"
 _VENDORS = "providers providers.base providers.registry"
-_DRIVING = f"consumer {_RENTING} {_VENDORS} sightings provisioning store.billing store.instances store.pods"
+_DRIVING = (
+    f"consumer {_RENTING} {_VENDORS} sightings steps attempts provisioning store.billing store.instances store.pods"
+)
 MAY_LOAD = {
     "auth": f"{_RENTING} accounts idempotency pods resources.tokens store.idempotency store.pods tokens",
     "offers": f"{_RENTING} {_OFFERING} idempotency offers pods prices quotes shelf store.entrance store.idempotency "

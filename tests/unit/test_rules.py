@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tests.books import bounded
 
 from gpubroker.providers import base
-from gpubroker.provisioning import Step, Work, next_step
 from gpubroker.sightings import find_moment, follow
+from gpubroker.steps import Step, Work, next_step
 from gpubroker.store.candidates import Candidate
 from gpubroker.store.instances import AttemptRow, InstanceRow, PodRow
 

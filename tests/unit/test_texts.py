@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.books import bounded
 
 from gpubroker import config, errors, gpus, ids, keys, money, paging, sealing
+from gpubroker.attempts import make_ref
 from gpubroker.errors import SetupError
-from gpubroker.provisioning import make_ref
 from gpubroker.times import format_time, parse_time
 
 MICRO = st.integers(0, money.LARGEST - 1)
