@@ -34,27 +34,25 @@ _FAR: Final = 10
 
 
 class Round:
-    """Refreshes that run together: few of them work at once, and all doubt prices by the same medians."""
+    """Refreshes that run together: one works at a time, so that searches go on, and all doubt prices by the same medians."""
 
-    def __init__(self, most: int = 1) -> None:
-        self.gate = asyncio.Semaphore(most)
-        """Within which listings are read and written; the vendors are asked outside."""
-        self._reading = asyncio.Lock()
+    def __init__(self) -> None:
+        self.gate = asyncio.Lock()
+        """Held while a listing is read and written; the vendors are asked outside, all at once."""
         self._medians: Mapping[str, int] | None = None
 
     async def read_medians(self) -> Mapping[str, int]:
         """The medians of before: what a vendor lists in this round moves none."""
-        async with self._reading:
-            if self._medians is None:
-                async with store.worker() as tx:
-                    self._medians = await rows.read_medians(tx.conn, _FEW)
-            return self._medians
+        if self._medians is None:
+            async with store.worker() as tx:
+                self._medians = await rows.read_medians(tx.conn, _FEW)
+        return self._medians
 
 
 async def refresh_all(adapters: Adapters) -> dict[str, str]:
     """Refresh every provider that is on and due. Says of each what came of it, in a line."""
     names = registry.enabled(config.settings())
-    together = Round(max(1, config.settings().pool_size // 2))
+    together = Round()
     said = await asyncio.gather(*(_refresh(adapters, name, together) for name in names))
     return dict(zip(names, said, strict=True))
 

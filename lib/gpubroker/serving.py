@@ -20,6 +20,7 @@ ANYWHERE = "0.0.0.0"  # noqa: S104 - a container's port
 _GRACE_SECONDS = 15
 _EXECUTION_ID = b"function-execution-id"
 _PAUSE_SECONDS = 1.0
+_COLLECT_EVERY = 10_000
 
 log = logging.getLogger("gpubroker.serving")
 
@@ -95,6 +96,13 @@ def serve(name: str, port: int | None, host: str) -> int:
     return 0
 
 
+def keep_loaded() -> None:
+    """Tell the collector that what is loaded stays, and to look for garbage among what came since, now and then."""
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY)
+    gc.enable()
+
+
 def _outlive(number: int, frame: object) -> None:
     """The signal that uvicorn obeyed and raises once more at its end: it shall not end us before what is being published."""
     del number, frame
@@ -124,8 +132,7 @@ async def _run(server: "uvicorn.Server") -> None:
     from gpubroker import adapters, outbox, rates, store  # noqa: PLC0415 - psycopg is loaded with the function's own modules
 
     await _reach_database()
-    gc.freeze()
-    gc.enable()
+    keep_loaded()
     signal.signal(signal.SIGTERM, _outlive)
     try:
         await server.serve()

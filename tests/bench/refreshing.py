@@ -19,7 +19,7 @@ from tests.bench.ground import Ground, database
 from tests.bench.served import cores
 from tests.simulator import Simulated
 
-from gpubroker import accounts, catalog, config, store
+from gpubroker import accounts, catalog, config, serving, store
 from gpubroker.local import processes
 from gpubroker.providers.base import ProviderOffer
 from gpubroker.store import offers as rows
@@ -78,10 +78,11 @@ async def _refresh() -> None:
         vendor.offers = [_raise_price(offer, n) for n, offer in enumerate(vendor.offers)]
     async with store.worker() as tx:
         await tx.conn.execute("DELETE FROM refresh")
+    serving.keep_loaded()
     _tell("filled")
     await asyncio.to_thread(sys.stdin.readline)
     began, used = time.perf_counter(), time.process_time()
-    together = catalog.Round(2)  # as refresh_all has it
+    together = catalog.Round()
     changes = await asyncio.gather(*(catalog.refresh_offers(vendor, 60, together) for vendor in vendors))
     told: dict[str, Any] = {
         "ms": (time.perf_counter() - began) * 1000,

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any, Final, LiteralString, NamedTuple
 
 from psycopg.rows import class_row, dict_row
+from pydantic import TypeAdapter
 
 from gpubroker.resources.offers import Gpu, Offer, PriceStep, ProviderView
 from gpubroker.store import Connection
@@ -95,6 +97,11 @@ _PLAIN_WITHIN: Final[Mapping[str, LiteralString]] = {
     "max_price_usd_per_gpu_hour": "o.price_micro_h < (%(max_price_usd_per_gpu_hour)s::bigint + 1) * s.gpu_count",
 }
 """The same within a shape `s`: its own index goes by the price of the whole."""
+_ENDS: Final[Mapping[str, tuple[LiteralString, LiteralString]]] = {
+    "": ("max", "9223372036854775807"),
+    " DESC": ("min", "-1"),
+}
+"""By the way of an order: what gives the place that is furthest on it, and a place beyond all."""
 _SHAPES: Final[Mapping[str, LiteralString]] = {
     "gpu": "gpu = ANY (%(gpu)s)",
     "gpu_count": "gpu_count = %(gpu_count)s",
@@ -135,27 +142,27 @@ def _compose(
     for name in shaping:
         shapes += " AND " + _SHAPES[name]
     shapes += ") s"
-    if "gpu" not in shaping:
-        shapes = _narrow(shapes, rules, by, order, descending=descending)
-        rules += " AND " + by + (" >= " if descending else " <= ") + "s.last"
-    return " FROM " + shapes + _EACH + rules + order_limit + ") o" + _OF_ACCOUNT + order_limit
+    rules_within = rules + " AND " + by + (" >= " if descending else " <= ") + "s.last"
+    shapes = _narrow(shapes, rules, by, way)
+    return " FROM " + shapes + _EACH + rules_within + order_limit + ") o" + _OF_ACCOUNT + order_limit
 
 
-def _narrow(
-    shapes: LiteralString, rules: LiteralString, by: LiteralString, order: LiteralString, *, descending: bool
-) -> LiteralString:
-    """Of many shapes those that the first n offers are of, whose own first ones come first; `last` is the n-th of these.
+def _narrow(shapes: LiteralString, rules: LiteralString, by: LiteralString, way: LiteralString) -> LiteralString:
+    """Of many shapes those that the first n offers are of, whose own first ones come first; none of these is beyond `last`.
 
-    No offer beyond `last` is among the first n, unless there are fewer shapes.
+    That is the place of the n-th shape's first offer or, of fewer shapes, of the n-th offer of the one that comes first.
     """
-    last: LiteralString = "min(place)" if descending else "max(place)"
-    beyond: LiteralString = "-1" if descending else "9223372036854775807"
-    firsts: LiteralString = "(SELECT s.gpu, s.gpu_count, " + by + " AS place FROM " + shapes + _EACH + rules + order
-    firsts += " LIMIT 1) o" + order + " LIMIT %(limit)s) s"
-    return (
-        "(SELECT s.*, CASE WHEN count(*) OVER () < %(limit)s THEN " + beyond + " ELSE " + last + " OVER () END AS last FROM "
-        + firsts + ") s"
-    )  # fmt: skip
+    order: LiteralString = " ORDER BY " + by + way + ", o.id" + way
+    furthest, beyond = _ENDS[way]
+    each: LiteralString = _EACH + rules + order
+    firsts: LiteralString = (
+        "SELECT s.gpu, s.gpu_count, " + by + " AS place FROM " + shapes + each + " LIMIT 1) o" + order
+    )
+    first: LiteralString = "(SELECT * FROM firsts ORDER BY place" + way + " LIMIT 1) s"
+    nth: LiteralString = "SELECT " + by + " FROM " + first + each + " OFFSET %(limit)s - 1 LIMIT 1) o"
+    last: LiteralString = "CASE WHEN (SELECT count(*) FROM firsts) = %(limit)s THEN (SELECT " + furthest
+    last += "(place) FROM firsts) ELSE coalesce((" + nth + "), " + beyond + ") END AS last"
+    return "(WITH firsts AS MATERIALIZED (" + firsts + " LIMIT %(limit)s) SELECT *, " + last + " FROM firsts) s"
 
 
 def _has_gpu(filters: Mapping[str, Any], name: str) -> bool:
@@ -169,7 +176,14 @@ async def _fetch(conn: Connection, sql: LiteralString, question: Question) -> li
         parameters |= {"after_value": question.after[0], "after_id": question.after[1]}
     cursor = conn.cursor(row_factory=dict_row, binary=True)
     await cursor.execute(sql, parameters)
-    return [(int(row.pop("place")), Offer(**row)) for row in await cursor.fetchall()]
+    found = await cursor.fetchall()
+    return [(int(row["place"]), offer) for row, offer in zip(found, _reader().validate_python(found), strict=True)]
+
+
+@cache
+def _reader() -> TypeAdapter[list[Offer]]:
+    """Makes offers of a page's rows at once, in half the time of one by one."""
+    return TypeAdapter(list[Offer])
 
 
 class NearOffer(NamedTuple):
