@@ -189,8 +189,8 @@ def _is_possible(offer: ProviderOffer) -> bool:
 
 
 @lru_cache(256)
-def _sort(supports: frozenset[Support]) -> list[str]:
-    return sorted(supports)
+def _write_supports(supports: frozenset[Support]) -> str:
+    return ",".join(sorted(supports))
 
 
 def _read_offer(offer: ProviderOffer) -> rows.NewOffer:
@@ -214,7 +214,7 @@ def _read_offer(offer: ProviderOffer) -> rows.NewOffer:
         stopped_disk_micro_gb_h=offer.stopped_disk_micro_gb_h,
         min_billing_s=offer.min_billing_s,
         increment_s=offer.increment_s,
-        supports=_sort(offer.supports),
+        supports=_write_supports(offer.supports),
         reliability=_SINGLE.unpack(_SINGLE.pack(offer.reliability))[0] if is_told else None,
         availability=offer.availability,
         quarantined=None if offer.currency == "USD" else f"priced in {offer.currency[:16]}",

@@ -48,8 +48,14 @@ def fill(database_url: str) -> None:
         conn.execute(
             "INSERT INTO offer_shape SELECT DISTINCT gpu, gpu_count, vram_gb FROM offer ON CONFLICT DO NOTHING"
         )
-        conn.execute("VACUUM ANALYZE offer")
-        conn.execute("ANALYZE")
+    settle(database_url)
+
+
+def settle(database_url: str) -> None:
+    """Do at once what PostgreSQL would do in the background, beside what is measured."""
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        conn.execute("VACUUM ANALYZE")
+        conn.execute("CHECKPOINT")
 
 
 def make_offers(number: int, seed: int) -> Iterator[ProviderOffer]:

