@@ -50,8 +50,9 @@ async def show_subscription(tx: store.Transaction, query: SubscriptionQuery) -> 
 async def change_subscription(tx: store.Transaction, query: SubscriptionQuery, plan: PlanName) -> Subscription:
     """Put an organisation on a plan now. Raises Forbidden for a greater one, but for an operator, and NotFound."""
     org_id = await _enter(tx, query)
-    present = await _show(tx, org_id)
     _refuse_change(tx.known)
+    await rows.lock_plan(tx.conn, org_id)
+    present = await _show(tx, org_id)
     if "admin" not in tx.known.scopes and _rank(plan) > _rank(present.plan):
         raise errors.Forbidden(
             "Nobody may raise a limit of itself, and a plan's is its organisation's.", hint="Have the operator do it."
@@ -63,8 +64,9 @@ async def change_subscription(tx: store.Transaction, query: SubscriptionQuery, p
 async def cancel_subscription(tx: store.Transaction, query: CancelQuery) -> Subscription:
     """Put an organisation on the free plan, now or at the end of the period. Raises Forbidden and NotFound."""
     org_id = await _enter(tx, query)
-    present = await _show(tx, org_id)
     _refuse_change(tx.known)
+    await rows.lock_plan(tx.conn, org_id)
+    present = await _show(tx, org_id)
     if query.at_period_end and present.plan != _FREE:
         await rows.set_plan(tx.conn, present.plan, present.period_end)
     else:

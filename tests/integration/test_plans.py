@@ -1,10 +1,13 @@
 """Plans and subscriptions: who may change them, when they end, what they allow."""
 
+import asyncio
+
 import pytest
 from tests.factories import Client, World
 from tests.integration.test_auth import second
 
-from gpubroker import reconciling
+from gpubroker import reconciling, store
+from gpubroker.store import plans as rows
 
 pytestmark = pytest.mark.anyio
 
@@ -63,6 +66,22 @@ async def test_nobody_raises_its_own_plan_and_only_the_root_agent_lowers_it(worl
     assert (await other.put(PATH, {"plan": "pro"}))["plan"] == "pro"
     assert (await other.put(PATH, {"plan": "free"}))["plan"] == "free"
     await other.put(PATH, {"plan": "pro"}, 403)
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+async def test_nobody_overtakes_the_operator_who_lowers_a_plan(world: World, method: str):
+    other = second(world)
+    org_id = (await other.get("/v1/whoami"))["organisation"]["id"]
+    await world.root.put(f"{PATH}?org_id={org_id}", {"plan": "pro"})
+    async with store.worker() as tx:
+        await rows.lock_plan(tx.conn, org_id)
+        arguments = {"json": {"plan": "pro"}} if method == "PUT" else {"params": {"at_period_end": "true"}}
+        asked = asyncio.create_task(other.call(method, PATH, **arguments))
+        await asyncio.sleep(0.2)
+        assert not asked.done()
+        await tx.conn.execute("UPDATE org SET plan = 'free' WHERE id = %s", (org_id,))
+    assert (await asked).status_code == (403 if method == "PUT" else 200)
+    assert (await show(other))[0] == "free"
 
 
 async def test_a_plan_is_cancelled_now_or_at_the_end_of_the_month(world: World):

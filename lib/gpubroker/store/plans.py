@@ -33,6 +33,14 @@ async def enter_org(conn: Connection, org_id: str) -> bool:
     return row is not None and bool(row[0])
 
 
+_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('plan of ' || %s, 0))"
+
+
+async def lock_plan(conn: Connection, org_id: str) -> None:
+    """Be alone, until the transaction ends, with changes of the organisation's plan: what is allowed depends on the present one."""
+    await conn.execute(_LOCK, (org_id,))
+
+
 async def set_plan(conn: Connection, plan: PlanName, ends_at: datetime | None) -> None:
     """Put the organisation in which the transaction stands on a plan, until it ends."""
     await conn.execute("SELECT set_plan(%s, %s)", (plan, ends_at))
