@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from functools import lru_cache
 from statistics import median_low
 from struct import Struct
@@ -24,6 +26,8 @@ _MOST_SECONDS: Final = 10**9
 _MOST_GB: Final = 10**7
 _MOST_UNITS: Final = 4096
 _MOST_MICRO: Final = LARGEST // 10_000
+_LONGEST_TEXT: Final = 500
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _SINGLE: Final = Struct("f")
 _TURN: Final = 25
 """Offers that are read at once; then others of this process, who may be searching, have their turn."""
@@ -82,30 +86,35 @@ async def refresh_offers(provider: Provider, tick_seconds: int, together: Round 
         begun = await rows.begin_refresh(tx.conn, account_id, max(1, capabilities.refresh_seconds - 1))
     if begun is None:
         return None
-    refresh_id, began_at = begun
+    refresh_id, _ = begun
     try:
         listed = await asyncio.wait_for(provider.list_offers(), _LIST_SECONDS)
     except (errors.ProviderError, TimeoutError, OSError) as error:
         await _give_up(provider.name, account_id, refresh_id, f"{type(error).__name__}: {error}")
         raise
-    together = together or Round()
+    try:
+        return await _write_offers(provider, account_id, begun, listed, together or Round())
+    except Exception as error:
+        await _give_up(provider.name, account_id, refresh_id, f"they could not be written: {type(error).__name__}")
+        raise
+
+
+async def _write_offers(
+    provider: Provider, account_id: str, begun: tuple[int, datetime], listed: Sequence[ProviderOffer], together: Round
+) -> rows.Changes | None:
+    refresh_id, began_at = begun
     async with together.gate:
-        medians = None if capabilities.priced_by_operator else await together.read_medians()
+        medians = None if provider.capabilities.priced_by_operator else await together.read_medians()
         offers = await _read_offers(listed, medians)
         async with store.worker(store.BY_INDEX) as tx:
             if not await rows.claim_offers(tx.conn, account_id, began_at):
-                await rows.end_refresh(
-                    tx.conn, refresh_id, complete=False, seen=len(listed), error="a later one was faster"
-                )
+                why = "a later one was faster"
+                await rows.end_refresh(tx.conn, refresh_id, complete=False, seen=len(listed), error=why)
                 return None
             changes = await rows.merge_offers(tx.conn, account_id, provider.name, offers)
+            doubted = len(listed) - sum(offer.quarantined is None for offer in offers)
             await rows.end_refresh(
-                tx.conn,
-                refresh_id,
-                complete=True,
-                seen=len(listed),
-                changed=changes.changed,
-                quarantined=len(listed) - sum(offer.quarantined is None for offer in offers),
+                tx.conn, refresh_id, complete=True, seen=len(listed), changed=changes.changed, quarantined=doubted
             )
             await rows.trust_account(tx.conn, account_id, began_at)
             if changes.changed or changes.gone:
@@ -185,7 +194,15 @@ def _is_possible(offer: ProviderOffer) -> bool:
         and 0 <= (offer.vram_gb or 0) <= _MOST_GB
         and 0 <= offer.min_billing_s <= _MOST_SECONDS
         and 0 < offer.increment_s <= _MOST_SECONDS
+        and _is_text(f"{offer.provider_offer_id}{offer.region}{offer.gpu}{offer.country}")
     )
+
+
+def _is_text(text: str) -> bool:
+    """Say whether PostgreSQL takes it: short enough for an index, no NUL, no half of a character."""
+    if len(text) > _LONGEST_TEXT or "\0" in text:
+        return False
+    return text.isascii() or not _SURROGATE.search(text)
 
 
 @lru_cache(256)

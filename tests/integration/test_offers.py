@@ -469,6 +469,7 @@ ODD: tuple[dict[str, Any], ...] = (
     {"price_micro_h": 0}, {"price_micro_h": -1}, {"price_micro_h": 10**12}, {"gpu_count": -1}, {"increment_s": 0},
     {"vcpus": 1e9}, {"vcpus": float("nan")}, {"ram_gb": 1e12}, {"ram_gb": 10**7}, {"disk_gb": 10**12}, {"min_billing_s": -5},
     {"disk_micro_gb_h": -1}, {"disk_micro_gb_h": 10**18}, {"stopped_micro_h": -7},
+    {"region": "eu\0"}, {"gpu": "H100\ud800"}, {"country": "\0"}, {"region": "e" * 3000},
 )  # fmt: skip
 
 
@@ -480,6 +481,19 @@ async def test_an_odd_offer_is_left_out_and_the_others_stay(world: World, subtes
             noted = world.query("SELECT seen, quarantined, complete FROM refresh")
             assert noted == [{"seen": 4, "quarantined": 1, "complete": True}]
             assert len(await found(world, {})) == 3
+
+
+async def test_offers_that_cannot_be_written_are_noted_as_a_failure(world: World, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(catalog, "_is_possible", lambda _: True)
+    world.provider.offers = [replace(OFFERS[0], provider_offer_id="odd\0")]
+    with pytest.raises(psycopg.DataError):
+        await refresh(world)
+    assert len(await found(world, {})) == 3
+    assert world.query("SELECT complete, ended_at IS NULL AS open, error FROM refresh") == [
+        {"complete": False, "open": False, "error": "they could not be written: UntranslatableCharacter"}
+    ]
+    (account,) = world.query("SELECT unhealthy_since FROM provider_account")
+    assert account["unhealthy_since"] is not None
 
 
 async def test_an_offer_listed_twice_is_one_and_the_cheaper_counts(world: World):
