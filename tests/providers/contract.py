@@ -99,7 +99,7 @@ class HttpProviderContract(ProviderContract):
         made = sim.provider.from_settings(self.settings(sim, **more))
         made.http.buckets.limits = {}
         made.http.pause_seconds = 0.001
-        made.http.largest_answer = 1 << 20
+        made.http.largest = dict.fromkeys(made.http.largest, 1 << 20)
         if hasattr(made, "quiet_seconds"):
             made.quiet_seconds = 0.15
         return made

@@ -35,6 +35,7 @@ Judge = Callable[[Kind, Answer], ProviderError | None]
 Manner = Literal["repeatable", "once", "urgent"]
 Query = Mapping[str, str | int | list[str]]
 
+_MIB: Final = 1024 * 1024
 _CONNECT_SECONDS: Final = 5.0
 _KEEP_SECONDS: Final = 3.0  # less than servers do: a request on a connection that is just being closed is lost
 _TRIES: Final = 3
@@ -87,8 +88,8 @@ class Client:
         """The longest that a whole call lasts, tries and pauses included."""
         self.read_seconds = 20.0
         """The longest silence while an answer is on its way; of a create, the whole call's time is."""
-        self.largest_answer = 64 * 1024 * 1024
-        """Bytes; one that is larger is not read on."""
+        self.largest: dict[Kind, int] = {"offers": 64 * _MIB, "read": 16 * _MIB, "act": 16 * _MIB, "create": 16 * _MIB}
+        """Bytes of an answer, which takes seven times that when it is read; one that is larger is not read on."""
         self.pause_seconds = 0.25
         """The first pause between two tries, about."""
         self.poll_seconds = 0.3
@@ -209,7 +210,7 @@ class Client:
         try:
             response = await self._http.send(request, auth=self._auth, stream=True)
             try:
-                body = await _read_body(response, self.largest_answer)
+                body = await _read_body(response, self.largest[kind])
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
@@ -247,7 +248,7 @@ class Client:
                         answer = Answer(
                             response.status_code,
                             response.headers,
-                            await _read_body(response, self.largest_answer),
+                            await _read_body(response, self.largest["read"]),
                             self._secrets,
                         )
                         raise self._judge("read", answer) or judge("read", answer, instance_id)
@@ -299,7 +300,7 @@ class Client:
     async def await_result(self, url: str, hosts: Collection[str], seconds: float) -> bytes | None:
         """What the vendor will have put there; None when nothing is there in time. Until then the answer is 403 or 404."""
         until = time.monotonic() + seconds
-        while not (answer := await self.fetch_result(url, hosts, self.largest_answer)).is_success:
+        while not (answer := await self.fetch_result(url, hosts, self.largest["read"])).is_success:
             if time.monotonic() >= until:
                 return None
             await asyncio.sleep(self.poll_seconds)
