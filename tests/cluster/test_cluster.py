@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.cluster import kit
-from tests.cluster.conftest import FUNCTIONS, OVERLAY, Deployed, get, kubectl, until
+from tests.cluster.conftest import A_TICK_OR_TWO, FUNCTIONS, OVERLAY, Deployed, get, kubectl, until
 
 STATELESS = "serving.knative.dev/service"
 COLD_SECONDS = 1.6
@@ -153,9 +153,13 @@ def test_customers_pods_pass_the_restricted_level_and_have_no_token(broker: Depl
 
 def test_reasons_are_in_words_that_an_agent_understands(broker: Deployed) -> None:
     absent = broker.rent(image="kit.local/none:1", wait="")
-    until("it says why", lambda: "Pull" in (broker.json("GET", f"/v1/pods/{absent['id']}")["state_reason"] or ""), 60)
+    until(
+        "it says why",
+        lambda: "Pull" in (broker.json("GET", f"/v1/pods/{absent['id']}")["state_reason"] or ""),
+        A_TICK_OR_TWO,
+    )
     hungry = broker.rent(command=["python", "-c", "x = [bytes(2**20) + b'x' for _ in range(10**6)]"], wait="")
-    killed = broker.await_state(hungry["id"], "stopped", "terminated", seconds=120)
+    killed = broker.await_state(hungry["id"], "stopped", "terminated")
     assert killed["exit_code"] == 137
     assert "OOMKilled" in killed["state_reason"]
     failed = broker.rent(command=["sh", "-c", "exit 7"], wait="")
@@ -192,7 +196,7 @@ def test_a_functions_pod_is_killed_in_mid_create(broker: Deployed) -> None:
     for pod in pods:
         broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
     for pod in pods:
-        broker.await_state(pod["id"], "terminated", seconds=120)
+        broker.await_state(pod["id"], "terminated")
     broker.check_invariants()
 
 
@@ -228,7 +232,7 @@ def test_the_database_restarts_under_it(broker: Deployed) -> None:
     until("it answers again", lambda: broker.call("GET", f"/v1/pods/{pod['id']}").status_code == 200, 120)
     assert broker.json("GET", f"/v1/pods/{pod['id']}")["state"] == "running"
     broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
-    broker.await_state(pod["id"], "terminated", seconds=150)
+    broker.await_state(pod["id"], "terminated")
     broker.check_invariants()
 
 
@@ -239,7 +243,7 @@ def test_the_api_server_is_killed(broker: Deployed) -> None:
     kit.restart_api_server()
     until("it answers again", lambda: broker.call("GET", f"/v1/pods/{pod['id']}").status_code == 200, 60)
     broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
-    broker.await_state(pod["id"], "terminated", seconds=150)
+    broker.await_state(pod["id"], "terminated")
     broker.check_invariants()
 
 
@@ -283,12 +287,10 @@ def test_a_pod_boots_for_as_long_as_its_image_takes(broker: Deployed, tmp_path: 
         pytest.skip("only the kit builds images here")
     late = f"kit.local/late-{secrets.token_hex(4)}:1"
     pod = broker.rent(image=late, wait="")
-    await_zero(
-        "pods", "provisioning", "metering", seconds=240
-    )  # an event that was lost comes again after a tick or two
+    await_zero("pods", "provisioning", "metering", seconds=2 * A_TICK_OR_TWO)
     assert broker.json("GET", f"/v1/pods/{pod['id']}")["state"] in ("creating", "starting")
     kit.build(late, f"FROM {kit.IMAGES['customer']}\n", tmp_path)
-    running = broker.await_state(pod["id"], "running", "failed", "terminated", seconds=120)
+    running = broker.await_state(pod["id"], "running", "failed", "terminated")
     assert running["state"] == "running", running
     broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
     broker.await_state(pod["id"], "terminated")
@@ -318,7 +320,7 @@ def test_a_pod_ends_at_its_hard_stop_though_nobody_of_ours_lives(broker: Deploye
         "-p",
         '{"spec":{"activeDeadlineSeconds":1}}',
     )
-    ended = broker.await_state(pod["id"], "interrupted", "terminated", seconds=150)
+    ended = broker.await_state(pod["id"], "interrupted", "terminated")
     assert ended["provider_status"] in ("DeadlineExceeded", None) or ended["state"] == "interrupted"
     broker.json("DELETE", f"/v1/pods/{pod['id']}", (200, 202))
     broker.await_state(pod["id"], "terminated")
@@ -343,6 +345,11 @@ def deploy(image: str) -> None:
     kubectl("apply", "-f", "-", "-l", "app.kubernetes.io/component=migrate", stdin=built)
     kubectl("-n", "gpubroker", "wait", "--for=condition=Complete", "job/migrate", "--timeout=120s", timeout=130)
     kubectl("apply", "-f", "-", stdin=built)
+    await_roll_out()
+
+
+def await_roll_out() -> None:
+    """Wait until every function is served by the revision that was asked for last."""
 
     def is_ready() -> bool:
         return all(
@@ -352,6 +359,7 @@ def deploy(image: str) -> None:
         )
 
     until("every function's new revision is ready", is_ready, 240, 2)
+    kubectl("-n", "gpubroker", "wait", "--for=condition=Ready", "ksvc", "--all", "--timeout=120s")
 
 
 def test_an_upgrade_and_a_roll_back_interrupt_nothing(broker: Deployed, tmp_path: Path) -> None:
@@ -385,11 +393,11 @@ def test_an_upgrade_and_a_roll_back_interrupt_nothing(broker: Deployed, tmp_path
             built = kubectl("kustomize", str(OVERLAY))
             old = [part for part in built.split("---\n") if not re.search(r"^kind: Job$", part, re.MULTILINE)]
             kubectl("apply", "-f", "-", stdin="---\n".join(old))
-            until("the old image serves again", lambda: all(
-                kit.IMAGES["gpubroker"] == each["spec"]["template"]["spec"]["containers"][0]["image"]
-                and each["status"].get("latestReadyRevisionName") == each["status"].get("latestCreatedRevisionName")
-                and each["status"].get("observedGeneration") == each["metadata"]["generation"]
-                for each in get("ksvc", "-n", "gpubroker")), 240, 2)  # fmt: skip
+            await_roll_out()
+            images = {
+                each["spec"]["template"]["spec"]["containers"][0]["image"] for each in get("ksvc", "-n", "gpubroker")
+            }
+            assert images == {kit.IMAGES["gpubroker"]}
             older = broker.rent()
         finally:
             stop = True
@@ -399,7 +407,7 @@ def test_an_upgrade_and_a_roll_back_interrupt_nothing(broker: Deployed, tmp_path
         assert broker.json("GET", f"/v1/pods/{each['id']}")["state"] == "running"
         broker.json("DELETE", f"/v1/pods/{each['id']}", 202)
     for each in (pod, newer, older):
-        broker.await_state(each["id"], "terminated", seconds=120)
+        broker.await_state(each["id"], "terminated")
     broker.check_invariants()
 
 
@@ -435,9 +443,13 @@ def test_an_operators_own_service_gets_pod_terminated(broker: Deployed) -> None:
         kubectl("-n", "gpubroker", "wait", "--for=condition=Ready", "trigger/ledger-mirror", "--timeout=90s")
         pod = broker.rent()
         broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
-        broker.await_state(pod["id"], "terminated", seconds=120)
+        broker.await_state(pod["id"], "terminated")
         logs = ["-n", "default", "logs", "-l", f"{STATELESS}=ledger-mirror", "-c", "user-container", "--tail=-1"]
-        until("the event came", lambda: "type=io.gpubroker.pod.terminated.v1" in kubectl(*logs, check=False), 60)
+        until(
+            "the event came",
+            lambda: "type=io.gpubroker.pod.terminated.v1" in kubectl(*logs, check=False),
+            A_TICK_OR_TWO,
+        )
     finally:
         kubectl("delete", "-f", "-", "--wait=false", stdin=TRIGGER)
 
@@ -484,6 +496,7 @@ def authenticated(broker: Deployed) -> Any:
         lambda: get("broker", "-n", "gpubroker")[0]["status"].get("address", {}).get("audience"),
         60,
     )
+    await_roll_out()  # the revisions before have no token
     yield get("broker", "-n", "gpubroker")[0]["status"]["address"]["audience"]
     kubectl("-n", "gpubroker", "delete", "eventpolicy", "--all")
     kubectl(*features, '{"data":{"authentication-oidc":"disabled"}}')
@@ -534,9 +547,9 @@ def test_a_stranger_neither_publishes_nor_reads(authenticated: str, broker: Depl
         pod = broker.rent()
         assert pod["state"] == "running"
         waiting = f"SELECT count(*) FROM event WHERE subject = '{pod['id']}' AND published_at IS NULL AND type LIKE '%requested%';"
-        until("its event was taken", lambda: broker.sql(waiting) == ["0"], 30)
+        until("its event was taken", lambda: broker.sql(waiting) == ["0"], A_TICK_OR_TWO)
         broker.json("DELETE", f"/v1/pods/{pod['id']}", 202)
-        broker.await_state(pod["id"], "terminated", seconds=120)
+        broker.await_state(pod["id"], "terminated")
     finally:
         kubectl("delete", "namespace", "gpubroker-stranger", "--wait=false")
 
