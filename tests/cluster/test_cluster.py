@@ -164,6 +164,8 @@ def test_reasons_are_in_words_that_an_agent_understands(broker: Deployed) -> Non
     assert "OOMKilled" in killed["state_reason"]
     failed = broker.rent(command=["sh", "-c", "exit 7"], wait="")
     assert broker.await_state(failed["id"], "stopped")["exit_code"] == 7
+    given_up = broker.await_state(absent["id"], "failed", "terminated")
+    assert given_up["ends_because"] == "provisioning_failed", given_up
     for pod in (absent, hungry, failed):
         broker.json("DELETE", f"/v1/pods/{pod['id']}", (200, 202))
     for pod in (absent, hungry, failed):

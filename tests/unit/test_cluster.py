@@ -220,8 +220,20 @@ def job(kind: str = "Failed", reason: str = "DeadlineExceeded") -> Any:
     return {"metadata": {"name": "j"}, "status": {"conditions": [condition]}}
 
 
+def not_pulled(times: int, age: int) -> Any:
+    first = (NOW - timedelta(seconds=age)).isoformat().replace("+00:00", "Z")
+    return {
+        "type": "Warning",
+        "reason": "Failed",
+        "message": "Failed to pull image: no",
+        "count": times,
+        "firstTimestamp": first,
+    }
+
+
 ENDED = {"startedAt": "2026-11-22T11:58:00Z", "finishedAt": "2026-11-22T11:59:00Z"}
 WARNING = {"type": "Warning", "reason": "FailedCreate", "message": "exceeded quota"}
+PULLS = {"waiting": {"reason": "ImagePullBackOff", "message": "x"}}
 LOST = [{"type": "Ready", "status": "Unknown"}]
 UNSCHEDULABLE = [{"type": "PodScheduled", "status": "False", "message": "0/1 nodes: Insufficient nvidia.com/gpu"}]
 TAKEN = [{"type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI", "message": "drained"}]
@@ -244,7 +256,10 @@ def ended(code: int, reason: str) -> Any:
         (state(pod(container={"waiting": {"reason": "ContainerCreating"}})), "starting", None),
         (state(pod(container={"waiting": {"reason": "ErrImagePull", "message": "none"}})), "starting", "ErrImagePull: none"),
         (state(pod(900, container={"waiting": {"reason": "ContainerCreating"}})), "starting", None),
-        (state(pod(150, container={"waiting": {"reason": "ImagePullBackOff", "message": "x"}})), "failed", "ImagePull"),
+        (state(pod(900, container=PULLS), events=[not_pulled(4, 150)]), "failed", "ImagePull"),
+        (state(pod(900, container=PULLS), events=[not_pulled(4, 60)]), "starting", "ImagePull"),
+        (state(pod(900, container=PULLS), events=[not_pulled(1, 150)]), "starting", "ImagePull"),
+        (state(pod(900, container=PULLS)), "starting", "ImagePull"),
         (state(pod(container={"waiting": {"reason": "InvalidImageName", "message": "x"}})), "failed", "InvalidImageName"),
         (state(pod(phase="Running", container=RUNNING)), "running", None),
         (state(pod(phase="Running", container=RUNNING, conditions=LOST)), "unknown", "its node"),

@@ -15,6 +15,8 @@ HOPELESS: Final = frozenset(
 """Reasons for which a container waits, and that no waiting mends."""
 PULLS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"})
 PULL_SECONDS: Final = 120
+_PULLS: Final = 4
+"""So often, and since so long, must a pull have failed: a large image comes slowly, and one failure on its way is mended."""
 SCHEDULE_SECONDS: Final = 60
 """So long a pod that fits nowhere may wait before it is given up. A cluster that adds nodes is to have them by then."""
 _NO_JOB_SECONDS: Final = 60
@@ -151,8 +153,18 @@ def _judge_start(state: State, pod: Object, waiting: Object, now: datetime) -> S
     if why in (None, "ContainerCreating", "PodInitializing"):
         return Standing("starting", why or "Pending", _first_warning(state.events))
     reason = f"{why}: {waiting.get('message', '')}"[:300]
-    hopeless = why in HOPELESS or (why in PULLS and age > timedelta(seconds=PULL_SECONDS))
+    hopeless = why in HOPELESS or (why in PULLS and _fails_to_pull(state.events, now))
     return Standing("failed" if hopeless else "starting", why, reason)
+
+
+def _fails_to_pull(events: Sequence[Object], now: datetime) -> bool:
+    """Say whether the kubelet tried in vain often enough. Kubernetes counts what is told again (API reference, Event v1 core)."""
+    failures = [event for event in events if str(event.get("message", "")).startswith("Failed to pull image")]
+    first = min(
+        (_time(event.get("firstTimestamp") or event.get("eventTime")) or now for event in failures), default=now
+    )
+    times = sum(event.get("count") or (event.get("series") or _NOTHING).get("count") or 1 for event in failures)
+    return times >= _PULLS and now - first > timedelta(seconds=PULL_SECONDS)
 
 
 def _has_ended(pod: Object) -> bool:
