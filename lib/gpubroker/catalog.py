@@ -191,10 +191,10 @@ def _is_possible(offer: ProviderOffer) -> bool:
         and 0 <= offer.ram_gb <= _MOST_GB - 1
         and 0 <= offer.disk_gb <= _MOST_GB
         and 0 <= offer.disk_base_gb <= _MOST_GB
-        and 0 <= (offer.vram_gb or 0) <= _MOST_GB
+        and 0 <= (offer.vram_gb or 0) * max(1, offer.gpu_count) <= _MOST_GB
         and 0 <= offer.min_billing_s <= _MOST_SECONDS
         and 0 < offer.increment_s <= _MOST_SECONDS
-        and _is_text(f"{offer.provider_offer_id}{offer.region}{offer.gpu}{offer.country}")
+        and _is_text(f"{offer.provider_offer_id}{offer.region}{offer.gpu}{offer.country}{offer.currency}")
     )
 
 

@@ -289,7 +289,7 @@ def test_a_pod_boots_for_as_long_as_its_image_takes(broker: Deployed, tmp_path: 
         pytest.skip("only the kit builds images here")
     late = f"kit.local/late-{secrets.token_hex(4)}:1"
     pod = broker.rent(image=late, wait="")
-    await_zero("pods", "provisioning", "metering", seconds=2 * A_TICK_OR_TWO)
+    await_zero("provisioning")  # well before the fourth failed pull, after which the pod is given up
     assert broker.json("GET", f"/v1/pods/{pod['id']}")["state"] in ("creating", "starting")
     kit.build(late, f"FROM {kit.IMAGES['customer']}\n", tmp_path)
     running = broker.await_state(pod["id"], "running", "failed", "terminated")

@@ -153,12 +153,13 @@ def expected(world: World, query: dict[str, str]) -> dict[str, dict[str, Any]]:
     }
 
 
-async def found(world: World, query: dict[str, str], sort: str = "price") -> list[dict[str, Any]]:
+async def found(world: World, query: dict[str, str], sort: str = "price", size: int = 200) -> list[dict[str, Any]]:
+    """All that a search finds, by pages of this size."""
     items: list[dict[str, Any]] = []
     cursor = None
     while True:
         page = await world.root.get(
-            "/v1/offers", params={"limit": "200", "sort": sort} | query | ({"cursor": cursor} if cursor else {})
+            "/v1/offers", params={"limit": str(size), "sort": sort} | query | ({"cursor": cursor} if cursor else {})
         )
         items, cursor = items + page["items"], page["next_cursor"]
         if cursor is None:
@@ -183,7 +184,7 @@ async def test_filters_together_find_what_satisfies_all_of_them(market: World):
     for _ in range(120):
         names = dice.sample(sorted(VALUES), dice.randint(2, 4))
         query = {name: dice.choice(VALUES[name]) for name in names}
-        items = await found(market, query, dice.choice(sorted(SORTS)))
+        items = await found(market, query, dice.choice(sorted(SORTS)), dice.choice((3, 20, 200)))
         wanted = expected(market, query)
         assert sorted(item["id"] for item in items) == sorted(wanted), query
         empty += not wanted
@@ -195,7 +196,7 @@ async def test_every_sort_goes_up_and_down_with_the_disk_that_is_asked_for(marke
     for sort, query in itertools.product(SORTS, queries):
         disk = int(query.get("min_disk_gb", 0))
         by_id = expected(market, query)
-        up, down = await found(market, query, sort), await found(market, query, f"-{sort}")
+        up, down = await found(market, query, sort, 11), await found(market, query, f"-{sort}", 11)
         assert [item["id"] for item in down] == [item["id"] for item in reversed(up)], query
         assert sorted(item["id"] for item in up) == sorted(by_id)
         places = [SORTS[sort](by_id[item["id"]], disk) for item in up]
@@ -469,7 +470,8 @@ ODD: tuple[dict[str, Any], ...] = (
     {"price_micro_h": 0}, {"price_micro_h": -1}, {"price_micro_h": 10**12}, {"gpu_count": -1}, {"increment_s": 0},
     {"vcpus": 1e9}, {"vcpus": float("nan")}, {"ram_gb": 1e12}, {"ram_gb": 10**7}, {"disk_gb": 10**12}, {"min_billing_s": -5},
     {"disk_micro_gb_h": -1}, {"disk_micro_gb_h": 10**18}, {"stopped_micro_h": -7},
-    {"region": "eu\0"}, {"gpu": "H100\ud800"}, {"country": "\0"}, {"region": "e" * 3000},
+    {"region": "eu\0"}, {"gpu": "H100\ud800"}, {"country": "\0"}, {"region": "e" * 3000}, {"currency": "US\0"},
+    {"gpu": "Odd", "vram_gb": 10**7, "gpu_count": 4096},
 )  # fmt: skip
 
 

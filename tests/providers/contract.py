@@ -100,6 +100,7 @@ class HttpProviderContract(ProviderContract):
         made.http.buckets.limits = {}
         made.http.pause_seconds = 0.001
         made.http.largest = dict.fromkeys(made.http.largest, 1 << 20)
+        made.http.largest_result = 1 << 20
         if hasattr(made, "quiet_seconds"):
             made.quiet_seconds = 0.15
         return made

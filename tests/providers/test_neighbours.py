@@ -119,6 +119,7 @@ async def test_what_the_database_cannot_hold_fails_for_its_vendor_alone(
         return [replace(OFFERS[0], provider_offer_id="a\0b")]
 
     monkeypatch.setattr(world.adapters.get(sick.provider.name), "list_offers", list_offers)
+    monkeypatch.setattr(catalog, "_is_possible", lambda _: True)
     said = await catalog.refresh_all(world.adapters)
     assert said["runpod"].startswith("failed")
     assert "changed" in said["lambda"]

@@ -254,7 +254,7 @@ class TestVast(HttpProviderContract):
     async def test_a_long_answer_is_cut(self, adapter: HttpProvider, sim: VastVendor) -> None:
         machine = await self.create(adapter, sim)
         sim.plan("exec", Fault(answer=Answer(200, {"success": True, "result_url": f"{sim.url}/results/0"})))
-        adapter.http.largest["read"] = 1 << 22
+        adapter.http.largest_result = 1 << 22
         sim.results["0"] = [Answer(200, b"x" * (1024 * 1024 + 1), content_type="text/plain")]
         said = await adapter.exec(machine.id, ["ls"], stdin=None, timeout_seconds=5)
         assert (len(said.stdout), said.truncated) == (1024 * 1024, True)

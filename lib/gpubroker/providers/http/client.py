@@ -90,6 +90,8 @@ class Client:
         """The longest silence while an answer is on its way; of a create, the whole call's time is."""
         self.largest: dict[Kind, int] = {"offers": 64 * _MIB, "read": 16 * _MIB, "act": 16 * _MIB, "create": 16 * _MIB}
         """Bytes of an answer, which takes seven times that when it is read; one that is larger is not read on."""
+        self.largest_result = 64 * _MIB
+        """Bytes of what the vendor put elsewhere, such as a log; it stays as it is."""
         self.pause_seconds = 0.25
         """The first pause between two tries, about."""
         self.poll_seconds = 0.3
@@ -300,7 +302,7 @@ class Client:
     async def await_result(self, url: str, hosts: Collection[str], seconds: float) -> bytes | None:
         """What the vendor will have put there; None when nothing is there in time. Until then the answer is 403 or 404."""
         until = time.monotonic() + seconds
-        while not (answer := await self.fetch_result(url, hosts, self.largest["read"])).is_success:
+        while not (answer := await self.fetch_result(url, hosts, self.largest_result)).is_success:
             if time.monotonic() >= until:
                 return None
             await asyncio.sleep(self.poll_seconds)
