@@ -94,6 +94,8 @@ async def refresh_offers(provider: Provider, tick_seconds: int, together: Round 
         raise
     try:
         return await _write_offers(provider, account_id, begun, listed, together or Round())
+    except errors.Unavailable:  # our database, of which the provider knows nothing
+        raise
     except Exception as error:
         await _give_up(provider.name, account_id, refresh_id, f"they could not be written: {type(error).__name__}")
         raise

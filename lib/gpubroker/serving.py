@@ -20,7 +20,7 @@ ANYWHERE = "0.0.0.0"  # noqa: S104 - a container's port
 _GRACE_SECONDS = 15
 _EXECUTION_ID = b"function-execution-id"
 _PAUSE_SECONDS = 1.0
-_COLLECT_EVERY = 10_000
+_COLLECT_EVERY = 10_000  # new objects; by default 700
 
 log = logging.getLogger("gpubroker.serving")
 

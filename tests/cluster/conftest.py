@@ -34,9 +34,6 @@ FUNCTIONS = (
     "deadletter",
 )
 
-A_TICK_OR_TWO = 150
-"""Seconds. An event that nobody took, as a Broker or a database was away, comes again with the next tick, or the one after it."""
-
 
 @pytest.fixture(autouse=True)
 def _no_sockets_in_unit_tests() -> None:
@@ -100,12 +97,9 @@ class Deployed:
             "requirements": {"gpu_count": 1},
             "max_lifetime_seconds": 900,
         } | request
-        pod = self.json("POST", f"/v1/pods?duplicate=allow{wait}", (201, 202), json=body)
-        if wait and pod["state"] in ("requested", "creating", "starting"):
-            return self.await_state(pod["id"], "running", "stopped", "failed", "terminated")
-        return pod
+        return self.json("POST", f"/v1/pods?duplicate=allow{wait}", (201, 202), json=body)
 
-    def await_state(self, pod_id: str, *states: str, seconds: float = A_TICK_OR_TWO) -> Any:
+    def await_state(self, pod_id: str, *states: str, seconds: float = 90) -> Any:
         def reached() -> Any:
             answer = self.call("GET", f"/v1/pods/{pod_id}")
             pod = answer.json() if answer.status_code == 200 else {}

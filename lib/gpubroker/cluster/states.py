@@ -15,7 +15,7 @@ HOPELESS: Final = frozenset(
 """Reasons for which a container waits, and that no waiting mends."""
 PULLS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"})
 PULL_SECONDS: Final = 120
-_PULLS: Final = 4
+PULL_TRIES: Final = 4
 """So often, and since so long, must a pull have failed: a large image comes slowly, and one failure on its way is mended."""
 SCHEDULE_SECONDS: Final = 60
 """So long a pod that fits nowhere may wait before it is given up. A cluster that adds nodes is to have them by then."""
@@ -164,7 +164,7 @@ def _fails_to_pull(events: Sequence[Object], now: datetime) -> bool:
         (_time(event.get("firstTimestamp") or event.get("eventTime")) or now for event in failures), default=now
     )
     times = sum(event.get("count") or (event.get("series") or _NOTHING).get("count") or 1 for event in failures)
-    return times >= _PULLS and now - first > timedelta(seconds=PULL_SECONDS)
+    return times >= PULL_TRIES and now - first > timedelta(seconds=PULL_SECONDS)
 
 
 def _has_ended(pod: Object) -> bool:
