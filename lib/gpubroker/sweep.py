@@ -81,6 +81,7 @@ async def _list(account_id: str, provider: base.Provider, began_at: datetime) ->
 async def _take_in(listing: Listing) -> None:
     async with store.worker() as tx:
         known = await rows.list_present(tx.conn, listing.account_id)
+        ending = await rows.list_ending(tx.conn, listing.account_id)
         trusted = await rows.is_trusted(tx.conn, listing.account_id)
     by_id = {instance.provider_instance_id: instance for instance in known}
     for seen in listing.instances:
@@ -88,15 +89,13 @@ async def _take_in(listing: Listing) -> None:
     lag = timedelta(seconds=listing.provider.capabilities.visibility_lag_seconds)
     expected = [i for i in known if i.known_at + lag < listing.began_at]
     missing = [i for i in expected if i.provider_instance_id not in listing.present]
-    live = [i for i in expected if i.role == "live" and i.terminate_sent_at is None]
-    vanished = [i for i in missing if i.role == "live" and i.terminate_sent_at is None and i.missed_since is None]
+    live = [i for i in expected if i.role == "live" and i.id not in ending]
+    vanished = [i for i in missing if i.role == "live" and i.id not in ending and i.missed_since is None]
     if len(live) >= _FEW and len(vanished) * 2 > len(live):
         await _distrust(listing, f"{len(vanished)} of {len(live)} live instances vanished at once", is_new=trusted)
-        for instance in vanished:
-            await _miss(listing, instance, counts=False)
-    elif trusted:
-        for instance in missing:
-            await _miss(listing, instance)
+        trusted = False
+    for instance in missing if trusted else vanished:  # what is not believed is looked at all the same
+        await _miss(listing, instance, counts=trusted)
 
 
 async def _meet(listing: Listing, known: InstanceRow | None, seen: base.Instance) -> None:

@@ -105,7 +105,33 @@ class Deployed:
             pod = answer.json() if answer.status_code == 200 else {}
             return pod if pod.get("state") in states else None
 
-        return until(f"{pod_id} is one of {states}", reached, seconds)
+        try:
+            return until(f"{pod_id} is one of {states}", reached, seconds)
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}\n{self.explain(pod_id)}") from None
+
+    def explain(self, pod_id: str) -> str:
+        """All that is known of a pod that does not become what it should: rows, objects, and what the functions said."""
+        row = "SELECT state, state_reason, wanted, due_at, failures, turn, clock_timestamp() FROM pod WHERE id = "
+        asked = [
+            ("the pod", lambda: self.sql(f"{row}'{pod_id}';")),
+            ("its instances", lambda: self.sql(f"SELECT row_to_json(i) FROM instance i WHERE pod_id = '{pod_id}';")),
+            ("accounts", lambda: self.sql("SELECT provider, distrust_until, last_error FROM provider_account;")),
+            ("listings", lambda: self.sql("SELECT row_to_json(l) FROM listing l ORDER BY began_at DESC LIMIT 5;")),
+            ("objects", lambda: kubectl("-n", "gpubroker-pods", "get", "jobs,pods", "-o", "wide").splitlines()),
+            ("functions", lambda: kubectl("-n", "gpubroker", "get", "pods", "-o", "wide").splitlines()),
+            *(
+                (f"{function} said", lambda function=function: read_logs(function))
+                for function in ("reconcile", "provisioning")
+            ),
+        ]
+        said: list[str] = []
+        for what, ask in asked:
+            try:
+                said += [f"{what}:", *ask()]
+            except (AssertionError, subprocess.SubprocessError) as error:
+                said.append(f"{what} cannot be asked for: {error}")
+        return "\n".join(said)
 
     def sql(self, query: str) -> list[str]:
         """Ask the database, as its owner."""
@@ -136,6 +162,14 @@ class Deployed:
             if each["status"]["phase"] in ("Pending", "Running") and not each["metadata"].get("deletionTimestamp")
         }
         assert running <= live, f"nobody's: {running - live}"
+
+
+def read_logs(function: str) -> list[str]:
+    """The last words of the pods that a function has now."""
+    chosen = f"serving.knative.dev/service={function}"
+    return kubectl(
+        "-n", "gpubroker", "logs", "-l", chosen, "-c", "user-container", "--timestamps", "--tail=15", "--prefix", check=False
+    ).splitlines()  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -565,4 +565,5 @@ def test_nothing_is_left_and_all_adds_up(broker: Deployed) -> None:
         "app.kubernetes.io/managed-by=gpubroker",
     )
     assert broker.sql("SELECT count(*) FROM hold WHERE closed_at IS NULL;") == ["0"]
+    assert broker.sql("SELECT distrust_until FROM provider_account;") == [""], "its word was never doubted"
     broker.check_invariants()

@@ -484,6 +484,36 @@ async def test_many_ends_at_once_are_no_vanishing(world: World) -> None:
     assert world.query("SELECT distrust_until FROM provider_account") == [{"distrust_until": None}]
 
 
+async def test_ends_that_are_under_way_are_no_vanishing(world: World) -> None:
+    """Between the provider's end of them and our note of it a listing lacks them all."""
+    await rent_from(world, Final())
+    pods = [await start_pod(world) for _ in range(4)]
+    await minutes(world, 2)
+    for pod_id in pods:
+        await world.root.delete(f"/v1/pods/{pod_id}")
+    for name in world.provider.alive():
+        world.provider.end(name)
+    await world.sweep()
+    assert world.query("SELECT distrust_until FROM provider_account") == [{"distrust_until": None}]
+    await minutes(world, 1)
+    check_all_ended(world)
+
+
+async def test_what_ends_while_absences_are_not_believed_is_looked_at(world: World) -> None:
+    await rent_from(world, Final())
+    pods = [await start_pod(world) for _ in range(4)]
+    await minutes(world, 2)
+    hidden = {"i-1", "i-2", "i-3"}
+    world.provider.hidden |= hidden
+    await minutes(world, 1)
+    world.provider.hidden -= hidden
+    world.provider.end("i-4")
+    await minutes(world, 1)
+    assert [(await show(world, pod_id))["state"] for pod_id in pods] == ["running"] * 3 + ["interrupted"]
+    await minutes(world, 5)
+    assert [row["misses"] for row in world.query("SELECT misses FROM instance WHERE gone_at IS NULL")] == [0] * 3
+
+
 async def test_an_empty_listing_of_instances_that_answer_ends_and_creates_nothing(world: World) -> None:
     await rent_from(world, Simulated())
     pods = [await start_pod(world) for _ in range(3)]

@@ -88,11 +88,11 @@ def judge(state: State, now: datetime) -> Standing:  # noqa: PLR0911 - a table
     if data["wanted"] == "stopped":
         return Standing("stopped", "Stopped", ended_at=ended_at) if is_over else Standing("stopping", "Terminating")
     failed = _condition(job, "Failed")
-    if failed is not None and failed.get("reason") == "DeadlineExceeded":
-        over_at = _time(failed.get("lastTransitionTime"))
+    to_fail = failed or _condition(job, "FailureTarget") or _NOTHING  # this comes before the pods end, that after
+    if to_fail.get("reason") == "DeadlineExceeded":
         return (
-            Standing("gone", "DeadlineExceeded", "its hard stop", ended_at=over_at)
-            if is_over
+            Standing("gone", "DeadlineExceeded", "its hard stop", ended_at=_time(failed.get("lastTransitionTime")))
+            if failed is not None and is_over
             else Standing("terminating", "DeadlineExceeded")
         )
     if pod is not None:

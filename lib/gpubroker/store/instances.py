@@ -368,6 +368,9 @@ _LIVE_OF_POD: Final = _INSTANCE + " WHERE pod_id = %s AND role = 'live' AND gone
 _LAST_OF_POD: Final = _INSTANCE + " WHERE pod_id = %s AND role = 'live' ORDER BY known_at DESC LIMIT 1"
 _BY_PROVIDER_ID: Final = _INSTANCE + " WHERE account_id = %s AND provider_instance_id = %s FOR UPDATE"
 _PRESENT: Final = _INSTANCE + " WHERE account_id = %s AND gone_at IS NULL ORDER BY id"
+_ENDING: Final = """
+SELECT i.id FROM instance i JOIN pod p ON p.id = i.pod_id
+ WHERE i.account_id = %s AND i.gone_at IS NULL AND p.wanted = 'gone'"""
 
 
 async def _one(conn: Connection, sql: LiteralString, parameters: tuple[object, ...]) -> InstanceRow | None:
@@ -396,6 +399,11 @@ async def list_present(conn: Connection, account_id: str) -> list[InstanceRow]:
     cursor = conn.cursor(row_factory=class_row(InstanceRow))
     await cursor.execute(_PRESENT, (account_id,))
     return await cursor.fetchall()
+
+
+async def list_ending(conn: Connection, account_id: str) -> set[str]:
+    """Those of them whose pod's end is wanted: a terminate may be under way, or done and not noted yet."""
+    return {str(row[0]) for row in await (await conn.execute(_ENDING, (account_id,))).fetchall()}
 
 
 _ADD_INSTANCE: Final = """
