@@ -63,7 +63,10 @@ async def record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Re
         pod = await rows.lock_pod(tx.conn, work.pod.id)
         if not await rows.settle_attempt(
             tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail
-        ):  # the sweep knew better, or gave it up: this answer is too late to say anything of the pod
+        ):  # the sweep gave it up, or saw what is refused now: that never ran and never will
+            seen = await rows.lock_live(tx.conn, pod.id)
+            if seen is not None and seen.attempt_id == attempt.id and seen.started_at is None:
+                await rows.save_instance(tx.conn, replace(seen, life="failed"))
             await rows.wake_pod(tx.conn, pod.id)
             return
         others = {candidate["offer_id"] for candidate in work.pod.candidates} - {a.offer_id for a in work.tries}

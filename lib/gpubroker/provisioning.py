@@ -89,7 +89,7 @@ class Driver:
         log.debug("%s: %s (%s, wanted %s)", pod_id, step.name, pod.state, pod.wanted)
         try:
             await self._steps[step](work)
-        except errors.InstanceNotFound as error:
+        except (errors.InstanceNotFound, errors.Rejected) as error:
             await self._doubt_instance(work, error)
         except (errors.ProviderError, errors.SetupError, TimeoutError, OSError) as error:
             await self._put_off(work, error)
@@ -235,7 +235,7 @@ class Driver:
             new = replace(new, ref=make_ref(config.settings().owner or "", new.id, pod.hard_stop_at))
             attempt = await rows.add_attempt(tx.conn, new)
             creating = replace(pod, state="creating", state_reason=None, due_at=attempt.over_at)
-            await sightings.save(tx, pod, creating)
+            await sightings.save(tx, pod, _note_restart(creating, _pending_restart(pod)))
         return attempt, adapter
 
     async def _record_birth(self, attempt: AttemptRow, created: base.Created, asked_at: datetime) -> None:
@@ -292,13 +292,17 @@ class Driver:
             await self._apply(work, None, asked_at)
         else:
             await self._apply(work, seen, asked_at)
+            if not seen.is_whole and work.pod.wanted == "running" and work.pod.now > attempt.over_at:
+                log.info("%s: the create of %s was cut off, and is sent again", work.pod.id, attempt.ref)
+                await self._create(work, attempt, adapter, read_spec(work.pod))
+                await _conclude(work, await _read_instant() + timedelta(seconds=_POLL_SECONDS))
 
     async def _start(self, work: Work) -> None:
         """Start it, unless a start whose caller was lost did: the program may even have ended since."""
         attempt, adapter, instance = self._parts(work)
         asked_at = await _read_instant()
         seen = await _limited(attempt, adapter.get(instance.provider_instance_id))
-        if seen.life == "running" or sightings.ran_unseen(instance, seen):
+        if seen.life in ("running", "starting") or sightings.ran_unseen(instance, seen):
             await self._apply(work, seen, asked_at)
             return
         try:
@@ -306,7 +310,7 @@ class Driver:
         except errors.Rejected as rejection:
             await _refuse_start(work, rejection)
             return
-        await self._command(work, "starting")
+        await self._command(work, "starting", restarted=_pending_restart(work.pod))
 
     async def _stop(self, work: Work) -> None:
         attempt, adapter, instance = self._parts(work)
@@ -316,7 +320,7 @@ class Driver:
     async def _restart(self, work: Work) -> None:
         attempt, adapter, instance = self._parts(work)
         await _limited(attempt, adapter.restart(instance.provider_instance_id))
-        await self._command(work, "starting", restarted=work.pod.restart_requested_at)
+        await self._command(work, "starting", restarted=_pending_restart(work.pod))
 
     async def _extend(self, work: Work) -> None:
         attempt, adapter, instance = self._parts(work)
@@ -324,7 +328,7 @@ class Driver:
         async with store.worker() as tx:
             await rows.lock_pod(tx.conn, work.pod.id)
             locked = await rows.lock_live(tx.conn, work.pod.id)
-            if locked is not None:
+            if locked is not None and _is_of(work, locked):
                 await rows.save_instance(tx.conn, replace(locked, hard_stop_at=work.pod.hard_stop_at))
         await _conclude(work, work.pod.now)
 
@@ -349,7 +353,7 @@ class Driver:
         async with store.worker() as tx:
             pod = await rows.lock_pod(tx.conn, work.pod.id)
             instance = await rows.lock_live(tx.conn, pod.id)
-            if instance is None:
+            if instance is None or not _is_of(work, instance):
                 return
             told = replace(instance, life=life, commanded_at=pod.now)
             if life == "terminating" and instance.terminate_sent_at is None:  # what was missed before is other evidence
@@ -357,10 +361,7 @@ class Driver:
                     told, terminate_sent_at=pod.now, misses=0, missed_since=None, terminal_seen_at=None
                 )  # fmt: skip
             await rows.save_instance(tx.conn, told)
-            if restarted is not None:
-                await sightings.save(
-                    tx, pod, replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted))
-                )
+            await sightings.save(tx, pod, _note_restart(pod, restarted))
         await self._get(replace(work, instance=told))
 
     async def _apply(self, work: Work, seen: base.Instance | None, asked_at: datetime) -> None:
@@ -368,14 +369,14 @@ class Driver:
         async with store.worker() as tx:
             pod = await rows.lock_pod(tx.conn, work.pod.id)
             instance = await rows.lock_live(tx.conn, pod.id)
-            if instance is None:
+            if instance is None or not _is_of(work, instance):
                 await rows.wake_pod(tx.conn, pod.id)
                 return
             scene = Scene(tx, pod, work.maker, instance)
-            if seen is None:
-                scene = await sightings.take_absence(scene, "not found")
-            else:
+            if seen is not None:
                 scene = await sightings.observe(scene, seen, asked_at)
+            elif not sightings.is_stale(instance, asked_at):
+                scene = await sightings.take_absence(scene, "not found")
             await _plan_next(scene, work)
 
     async def _finish(self, work: Work) -> None:
@@ -402,10 +403,11 @@ class Driver:
                         ends_because=pod.ends_because or "requested"),
             )  # fmt: skip
 
-    async def _doubt_instance(self, work: Work, error: errors.InstanceNotFound) -> None:
-        """A command found no such instance: a look says more, and then the command is tried again later."""
+    async def _doubt_instance(self, work: Work, error: errors.ProviderError) -> None:
+        """A command found no such instance, or was refused: a look says more, and then it is tried again later."""
         try:
-            await self._get(work)
+            if work.instance is not None:
+                await self._get(work)
         except (errors.ProviderError, errors.SetupError, TimeoutError, OSError):
             log.warning("%s: it cannot be looked at either", work.pod.id)
         await self._put_off(work, error)
@@ -433,6 +435,22 @@ async def _limited(attempt: AttemptRow, call: Awaitable[T]) -> T:
 async def _read_instant() -> datetime:
     async with store.worker() as tx:
         return await store.read_instant(tx.conn)
+
+
+def _is_of(work: Work, instance: InstanceRow) -> bool:
+    """Whether it is the instance that this turn is about: another driver may have failed over meanwhile."""
+    return work.instance is not None and work.instance.id == instance.id
+
+
+def _pending_restart(pod: PodRow) -> datetime | None:
+    """When the restart was asked for that is not done yet: whatever makes its program begin anew does it."""
+    return pod.restart_requested_at if pod.is_restart_pending else None
+
+
+def _note_restart(pod: PodRow, restarted: datetime | None) -> PodRow:
+    if restarted is None:
+        return pod
+    return replace(pod, restart_done_at=max(restarted, pod.restart_done_at or restarted))
 
 
 def _due(work: Work, pod: PodRow, due_at: datetime | None) -> PodRow:

@@ -47,7 +47,7 @@ class Scene:
 async def observe(scene: Scene, seen: base.Instance, asked_at: datetime) -> Scene:
     """Take in what the provider said when asked at `asked_at`: phase, state and event in this transaction."""
     instance = scene.instance
-    if _is_stale(instance, asked_at):
+    if is_stale(instance, asked_at) or _lags(scene, seen):
         return scene
     if seen.life == "unknown":
         return await _lose_sight(scene, seen)
@@ -81,9 +81,20 @@ async def observe(scene: Scene, seen: base.Instance, asked_at: datetime) -> Scen
     return replace(scene, pod=pod, instance=known)
 
 
-def _is_stale(instance: InstanceRow, asked_at: datetime) -> bool:
+def is_stale(instance: InstanceRow, asked_at: datetime) -> bool:
+    """Whether an answer that was asked for then says nothing of the present: more is known since, or it was told to change."""
     before = (moment for moment in (instance.seen_at, instance.commanded_at) if moment is not None)
     return instance.gone_at is not None or any(asked_at < moment for moment in before)
+
+
+def _lags(scene: Scene, seen: base.Instance) -> bool:
+    """Whether it is still seen as it was before a start that its provider took, and may show later: that is no new end."""
+    instance, told = scene.instance, scene.instance.commanded_at
+    if instance.life != "starting" or told is None or seen.life not in ("stopped", "interrupted"):
+        return False
+    if any(at is not None and at >= told for at in (seen.started_at, seen.ended_at)):
+        return False
+    return scene.pod.now - told < timedelta(seconds=int(scene.capabilities.get("visibility_lag_seconds", 0)))
 
 
 def find_moment(instance: InstanceRow, attempt: AttemptRow, seen: base.Instance, now: datetime) -> datetime:

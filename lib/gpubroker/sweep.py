@@ -81,16 +81,15 @@ async def _list(account_id: str, provider: base.Provider, began_at: datetime) ->
 async def _take_in(listing: Listing) -> None:
     async with store.worker() as tx:
         known = await rows.list_present(tx.conn, listing.account_id)
-        ending = await rows.list_ending(tx.conn, listing.account_id)
+        lag = listing.provider.capabilities.visibility_lag_seconds
+        expected = await rows.list_expected(tx.conn, listing.account_id, listing.began_at, lag)
         trusted = await rows.is_trusted(tx.conn, listing.account_id)
     by_id = {instance.provider_instance_id: instance for instance in known}
     for seen in listing.instances:
         await _meet(listing, by_id.get(seen.id), seen)
-    lag = timedelta(seconds=listing.provider.capabilities.visibility_lag_seconds)
-    expected = [i for i in known if i.known_at + lag < listing.began_at]
-    missing = [i for i in expected if i.provider_instance_id not in listing.present]
-    live = [i for i in expected if i.role == "live" and i.id not in ending]
-    vanished = [i for i in missing if i.role == "live" and i.id not in ending and i.missed_since is None]
+    missing = [i for i in known if i.id in expected and i.provider_instance_id not in listing.present]
+    live = [i for i in known if i.role == "live" and expected.get(i.id) == "wanted"]
+    vanished = [i for i in live if i.provider_instance_id not in listing.present and i.missed_since is None]
     if len(live) >= _FEW and len(vanished) * 2 > len(live):
         await _distrust(listing, f"{len(vanished)} of {len(live)} live instances vanished at once", is_new=trusted)
         trusted = False
@@ -150,7 +149,8 @@ async def _miss(listing: Listing, known: InstanceRow, *, counts: bool = True) ->
         if scene is None:
             return
         fresh = scene.instance
-        if fresh.seen_at is not None and fresh.seen_at > listing.began_at:
+        heard = (fresh.seen_at, fresh.terminate_sent_at)
+        if any(at is not None and at > listing.began_at for at in heard):  # it was listed before that, or it may have been
             return
         since = fresh.missed_since if fresh.missed_since is not None and fresh.misses else listing.began_at
         missed = replace(fresh, misses=fresh.misses + int(counts), missed_since=since)

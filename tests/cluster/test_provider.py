@@ -6,13 +6,16 @@ import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from tests.cluster import kit
 from tests.cluster.conftest import Deployed, get, kubectl, until
 
 from gpubroker import config
+from gpubroker.errors import AmbiguousOutcome, ProviderError, Rejected
 from gpubroker.ids import base36
 from gpubroker.providers import base
 from gpubroker.providers.kubernetes import Kubernetes
@@ -107,6 +110,39 @@ def test_a_stopped_pod_keeps_its_disk(storage: str, cluster: str) -> None:
 
     settings = {"KUBECONFIG": cluster, "GPUBROKER_KUBERNETES_STORAGE_CLASS": storage}
     play(settings | {"GPUBROKER_KUBERNETES_PRICES": "*=1.00"}, story)
+
+
+def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(cluster: str, broker: Deployed) -> None:
+    del broker
+
+    async def story(adapter: Kubernetes) -> None:
+        call = adapter.cluster.call
+
+        async def cut(method: str, path: str, *arguments: Any, **query: Any) -> Any:
+            if (method, path.rpartition("/")[2]) == ("POST", "jobs"):
+                raise ProviderError("cut_off", "the caller is gone")
+            return await call(method, path, *arguments, **query)
+
+        offer = next(each for each in await adapter.list_offers() if each.gpu_count == 1)
+        ref, spec = make_ref(), replace(make_spec("sleep", "600"), env={"A": "1"}, ports=(base.Port(8000, "http"),))
+        adapter.cluster.call = cut
+        with pytest.raises(AmbiguousOutcome):
+            await adapter.create(spec, offer, ref)
+        adapter.cluster.call = call
+        for seen in (await adapter.get(ref), *await adapter.find_by_ref(ref), *await adapter.list_managed("testtest")):
+            assert (seen.id, seen.life, seen.status, seen.is_whole) == (ref, "starting", "Incomplete", False)
+        await asyncio.gather(*(adapter.create(spec, offer, ref) for _ in range(2)))
+        assert (await await_life(adapter, ref, "running")).is_whole
+        assert len(get("jobs", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}")) == 1
+        kubectl("-n", "gpubroker-pods", "delete", "job", f"{ref}-r1", "--wait=false")
+        await adapter.create(spec, offer, ref)
+        assert not get("jobs", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}"), "what was whole is not made again"
+        await adapter.terminate(ref)
+        with pytest.raises(Rejected):
+            await adapter.create(spec, offer, ref)
+        await await_life(adapter, ref, "gone")
+
+    play({"KUBECONFIG": cluster, "GPUBROKER_KUBERNETES_PRICES": "*=1.00"}, story)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """DESIGN 7 and 8: what vendors do, what counts as evidence, and who pays for it."""
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -75,6 +76,69 @@ async def test_a_create_that_failed_and_happened_is_found_and_used(world: World,
     check_instances(world, {pod_id})
     (attempt,) = (await show(world, pod_id))["attempts"]
     assert attempt["outcome"] == "created"
+
+
+class Piecemeal(Final):
+    """A provider whose creates are cut off: the same reference completes them. `refuses` says that it then will not."""
+
+    refuses = False
+
+    async def create(self, spec: base.Spec, offer: base.ProviderOffer, ref: str) -> base.Created:
+        await self._begin("create", ref)
+        refuses = self.refuses
+        known = next((rented for rented in self.rented.values() if rented.ref == ref), None)
+        if known is None:
+            self.boots_at_once = False
+            known = self.bear(ref, offer)
+            await self._end("create", None if refuses else "timeout")
+        if refuses:
+            self.end(known.id)
+            self.denied.add(known.id)
+            raise Rejected("quota_exceeded")
+        self.run(known.id)
+        return base.Created(known.id, self.see(known))
+
+    def see(self, rented: Rented) -> base.Instance:
+        return replace(super().see(rented), is_whole=rented.life != "starting")
+
+
+async def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(world: World) -> None:
+    await rent_from(world, Piecemeal())
+    pod_id = await start_pod(world)
+    await heal(world, ticks=4, seconds=10)
+    pod = await show(world, pod_id)
+    assert (pod["state"], [a["outcome"] for a in pod["attempts"]]) == ("running", ["created"])
+    assert world.provider.count("create") == 2
+    assert world.provider.alive() == ["i-1"]
+    check_instances(world, {pod_id})
+
+
+async def test_a_create_that_was_cut_off_and_is_not_wanted_any_more_is_ended(world: World) -> None:
+    await rent_from(world, Piecemeal())
+    pod_id = await start_pod(world)
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await heal(world, ticks=4, seconds=10)
+    assert world.provider.count("create") == 1
+    check_all_ended(world)
+
+
+async def test_a_create_that_is_refused_after_a_listing_saw_its_beginning_tries_the_next_offer(world: World) -> None:
+    vendor = Piecemeal()
+    vendor.refuses = True
+    await rent_from(world, vendor)
+
+    async def list_it(point: str) -> None:
+        if point == "create is not answered":
+            vendor.on_point = None
+            await world.sweep()
+            vendor.refuses = False
+
+    vendor.on_point = list_it
+    pod_id = await start_pod(world)
+    await heal(world, ticks=6, seconds=20)
+    pod = await show(world, pod_id)
+    assert (pod["state"], len({attempt["offer_id"] for attempt in pod["attempts"]})) == ("running", 2)
+    check_instances(world, {pod_id})
 
 
 async def test_a_create_that_hangs_is_given_up_at_its_limit_and_looked_up(world: World) -> None:
@@ -499,6 +563,57 @@ async def test_ends_that_are_under_way_are_no_vanishing(world: World) -> None:
     check_all_ended(world)
 
 
+async def test_a_listing_during_a_terminate_does_not_keep_it_from_its_end(world: World) -> None:
+    """What the listing lacks since the end that was asked for meanwhile is no miss of before it."""
+
+    class Slow(Simulated):
+        meanwhile: Callable[[], Awaitable[None]] | None = None
+
+        async def list_managed(self, owner: str) -> Sequence[base.Instance]:
+            then, self.meanwhile = self.meanwhile, None
+            if then is not None:
+                await then()
+            return await super().list_managed(owner)
+
+    vendor = Slow()
+    await rent_from(world, vendor)
+    pod_id = await start_pod(world)
+    await minutes(world, 3)
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    vendor.meanwhile = world.drive_due
+    await world.sweep()
+    assert vendor.count("terminate") == 1
+    await minutes(world, 4)
+    check_all_ended(world)
+
+
+async def test_births_during_a_listing_are_no_vanishing(world: World) -> None:
+    asked, listed, known = asyncio.Barrier(5), asyncio.Event(), asyncio.Event()
+
+    class Late(Final):
+        async def list_managed(self, owner: str) -> Sequence[base.Instance]:
+            seen = await super().list_managed(owner)
+            listed.set()
+            await known.wait()
+            return seen
+
+        async def create(self, spec: base.Spec, offer: base.ProviderOffer, ref: str) -> base.Created:
+            await asked.wait()
+            await listed.wait()
+            return await super().create(spec, offer, ref)
+
+    await rent_from(world, Late())
+    pods = [(await world.root.pod(max_lifetime_seconds=LIFE))["id"] for _ in range(4)]
+    births = [asyncio.create_task(world.drive(pod_id)) for pod_id in pods]
+    await asked.wait()
+    sweep = asyncio.create_task(world.sweep())
+    await asyncio.gather(*births)
+    known.set()
+    await sweep
+    assert world.query("SELECT distrust_until FROM provider_account") == [{"distrust_until": None}]
+    assert [row["misses"] for row in world.query("SELECT misses FROM instance")] == [0] * 4
+
+
 async def test_what_ends_while_absences_are_not_believed_is_looked_at(world: World) -> None:
     await rent_from(world, Final())
     pods = [await start_pod(world) for _ in range(4)]
@@ -765,13 +880,98 @@ async def test_a_start_without_room_leaves_the_pod_stopped_and_says_why(world: W
     check_instances(world, {pod_id})
 
 
-async def test_a_program_that_ends_before_its_restart_is_started(world: World) -> None:
+async def test_a_program_that_ends_before_its_restart_is_started_once(world: World) -> None:
     pod_id = await at_vendor(world)
     world.provider.halt("i-1", exit_code=1)
     await world.root.post(f"/v1/pods/{pod_id}/restart", status=202)
     await minutes(world, 3)
     assert (await show(world, pod_id))["state"] == "running"
+    assert [call for call, _ in world.provider.calls if call in ("start", "restart")] == ["restart", "start"]
     check_instances(world, {pod_id})
+
+
+async def test_a_program_that_ends_at_once_when_restarted_is_not_started_for_ever(world: World) -> None:
+    class Brief(Final):
+        def run(self, instance_id: str, at: float | None = None) -> None:
+            super().run(instance_id, at)
+            if len(self.rented[instance_id].runs) > 1:
+                self.halt(instance_id, exit_code=1)
+
+    await rent_from(world, Brief())
+    pod_id = await start_pod(world)
+    world.provider.halt("i-1", exit_code=1)
+    await world.root.post(f"/v1/pods/{pod_id}/restart", status=202)
+    await minutes(world, 5)
+    assert world.provider.count("start") == 1
+    assert (await show(world, pod_id))["state"] == "stopped"
+
+
+@pytest.mark.parametrize("command", ["start", "restart"])
+async def test_a_start_that_its_provider_shows_late_is_not_taken_for_an_end(world: World, command: str) -> None:
+    class Lagging(Simulated):
+        """After a start it says for three looks what it said before."""
+
+        behind = 0
+
+        async def start(self, instance_id: str) -> None:
+            await super().start(instance_id)
+            self.behind = 3
+
+        async def restart(self, instance_id: str) -> None:
+            await super().restart(instance_id)
+            self.behind = 3
+
+        async def get(self, instance_id: str) -> base.Instance:
+            seen = await super().get(instance_id)
+            if not self.behind:
+                return seen
+            self.behind -= 1
+            return base.Instance(seen.id, seen.ref, "EXITED", "stopped", "storage")
+
+    await rent_from(world, Lagging())
+    pod_id = await start_pod(world, on_exit="terminate")
+    await minutes(world, 1)
+    if command == "start":
+        await world.root.post(f"/v1/pods/{pod_id}/stop", status=202)
+        await minutes(world, 1)
+        assert (await show(world, pod_id))["state"] == "stopped"
+    await world.root.post(f"/v1/pods/{pod_id}/{command}", status=202)
+    for _ in range(6):
+        await world.pass_time(seconds=5)
+        await world.drive_due()
+    assert (await show(world, pod_id))["state"] == "running"
+    assert (world.provider.count(command), world.provider.count("terminate")) == (1, 0)
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await minutes(world, 4)
+    check_all_ended(world)
+
+
+async def test_a_late_answer_about_an_instance_that_was_given_up_says_nothing_of_the_next(world: World) -> None:
+    await rent_from(world, Final())
+    pod_id = await start_pod(world)
+    await minutes(world, 1)
+    failed_over = False
+
+    async def fail_over(point: str) -> None:
+        nonlocal failed_over
+        if point != "get is not sent" or failed_over:
+            return
+        failed_over = True
+        world.provider.halt("i-1", life="failed")
+        world.query("UPDATE instance SET life = 'failed'")
+        world.query("UPDATE pod SET due_at = instant()")
+        await world.drive(pod_id)
+        world.provider.end("i-1")
+
+    world.provider.on_point = fail_over
+    world.query("UPDATE instance SET missed_since = instant()")
+    world.query("UPDATE pod SET due_at = instant()")
+    await world.drive(pod_id)
+    world.provider.on_point = None
+    await minutes(world, 2)
+    assert world.provider.alive() == ["i-2"]
+    check_instances(world, {pod_id})
+    assert (await show(world, pod_id))["state"] == "running"
 
 
 async def test_a_stop_that_was_acknowledged_and_did_not_happen_is_asked_for_again(world: World) -> None:

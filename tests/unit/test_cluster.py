@@ -198,9 +198,14 @@ def test_what_cannot_run_is_refused(changes: dict[str, Any]) -> None:
 # What states mean
 
 
-def state(pod: Any = None, job: Any = None, events: Any = (), **data: str) -> states.State:
+LONG_AGO = datetime(2026, 11, 22, 11, tzinfo=UTC)
+
+
+def state(
+    pod: Any = None, job: Any = None, events: Any = (), made: datetime = LONG_AGO, **data: str
+) -> states.State:
     kept = {"wanted": "running", "run": "1", "hard_stop": "1795000000", "price_micro_h": "1", "ports": "[]"} | data
-    record = {"metadata": {"name": REF, "creationTimestamp": "2026-11-22T11:00:00Z"}, "data": kept}
+    record = {"metadata": {"name": REF, "creationTimestamp": made.isoformat()}, "data": kept}
     return states.State(record, job, [pod] if pod else [], (), events)
 
 
@@ -213,6 +218,10 @@ def pod(
         "metadata": {"name": "p", "labels": {objects.RUN: run}, "creationTimestamp": since},
         "status": {"phase": phase, "conditions": list(conditions), "containerStatuses": containers, **status},
     }
+
+
+def deleted(pod: Any) -> Any:
+    return pod | {"metadata": pod["metadata"] | {"deletionTimestamp": "2026-11-22T11:59:55Z"}}
 
 
 def job(kind: str = "Failed", reason: str = "DeadlineExceeded") -> Any:
@@ -248,6 +257,10 @@ def ended(code: int, reason: str) -> Any:
     ("seen", "life", "said"),
     [
         (state(), "interrupted", "its Job was deleted"),
+        (state(made=NOW - timedelta(seconds=200)), "starting", None),
+        (state(made=NOW - timedelta(seconds=200), whole="yes"), "interrupted", "its Job was deleted"),
+        (state(run="2", since=(NOW - timedelta(seconds=5)).isoformat()), "starting", None),
+        (state(run="2", since=(NOW - timedelta(seconds=90)).isoformat()), "interrupted", "its Job was deleted"),
         (state(job={"metadata": {"name": "j"}}), "starting", None),
         (state(job={"metadata": {"name": "j"}}, events=[WARNING]), "starting", "FailedCreate: exceeded quota"),
         (state(pod(conditions=UNSCHEDULABLE)), "starting", "Unschedulable: 0/1 nodes"),
@@ -266,6 +279,8 @@ def ended(code: int, reason: str) -> Any:
         (state(pod(phase="Succeeded", container=ended(0, "Completed"))), "stopped", None),
         (state(pod(phase="Failed", container=ended(7, "Error"))), "stopped", None),
         (state(pod(phase="Failed", container=ended(137, "OOMKilled"))), "stopped", "OOMKilled"),
+        (state(deleted(pod(phase="Failed", container=ended(143, "Error")))), "interrupted", "its pod was deleted"),
+        (state(deleted(pod(phase="Running", container=RUNNING))), "stopping", None),
         (state(pod(phase="Failed", reason="Evicted", message="low on disk")), "interrupted", "Evicted: low on disk"),
         (state(pod(phase="Failed", container=ended(143, "Error"), conditions=TAKEN)), "interrupted", "EvictionByEvictionAPI"),
         (state(pod(phase="Failed", reason="UnexpectedAdmissionError", message="none")), "failed", "UnexpectedAdm"),
@@ -286,6 +301,14 @@ def test_what_a_state_means(seen: states.State, life: str, said: str | None) -> 
     stands = states.judge(seen, NOW)
     assert stands.life == life
     assert stands.reason == said if said is None else said in (stands.reason or "")
+
+
+def test_a_record_without_a_job_is_the_beginning_of_a_create_for_a_while() -> None:
+    begun = state(made=NOW - timedelta(seconds=200))
+    assert not states.is_whole(begun, NOW)
+    assert states.is_whole(begun._replace(job=job()), NOW)
+    assert states.is_whole(state(made=NOW - timedelta(seconds=200), whole="yes"), NOW)
+    assert states.is_whole(state(), NOW), "nobody sends it again any more"
 
 
 def test_an_end_has_its_times_and_its_code() -> None:

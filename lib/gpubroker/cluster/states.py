@@ -20,6 +20,8 @@ PULL_TRIES: Final = 4
 SCHEDULE_SECONDS: Final = 60
 """So long a pod that fits nowhere may wait before it is given up. A cluster that adds nodes is to have them by then."""
 _NO_JOB_SECONDS: Final = 60
+_CUT_OFF_SECONDS: Final = 600
+"""So long a create that was cut off waits to be sent again; nobody sends it after its time, which is 50 s, and a few looks."""
 _NOTHING: Final[Object] = {}
 _TAKEN: Final = frozenset({"Evicted", "Preempting", "Shutdown", "NodeLost", "NodeShutdown", "Terminated"})
 
@@ -71,6 +73,7 @@ def present(state: State, host: str | None) -> Instance:
         endpoints=tuple(_endpoints(state, host)) if stands.life == "running" else (),
         hard_stop_at=datetime.fromtimestamp(int(data["hard_stop"]), UTC),
         price_micro_h=int(data["price_micro_h"]),
+        is_whole=is_whole(state, now),
     )
 
 
@@ -100,9 +103,18 @@ def judge(state: State, now: datetime) -> Standing:  # noqa: PLR0911 - a table
     if failed is not None or _condition(job, "Complete") is not None:
         over_at = _time((failed or _condition(job, "Complete") or _NOTHING).get("lastTransitionTime"))
         return Standing("interrupted", "PodDeleted", "its pod was deleted by somebody else", ended_at=over_at)
-    if job is None and now - _made(state.record) > timedelta(seconds=_NO_JOB_SECONDS):
+    if job is None and not is_whole(state, now):
+        return Standing("starting", "Incomplete")
+    if job is None and now - _began(state.record) > timedelta(seconds=_NO_JOB_SECONDS):
         return Standing("interrupted", "JobDeleted", "its Job was deleted by somebody else")
     return Standing("starting", "Pending", _first_warning(state.events))
+
+
+def is_whole(state: State, now: datetime) -> bool:
+    """Whether its create came to its end: the Job is made last, and noted in the record then."""
+    data = state.record["data"]
+    is_begun = state.job is None and not state.pods and data["run"] == "1" and data["wanted"] == "running"
+    return not is_begun or "whole" in data or now - _made(state.record) > timedelta(seconds=_CUT_OFF_SECONDS)
 
 
 def _judge_pod(state: State, pod: Object, now: datetime) -> Standing:
@@ -130,6 +142,8 @@ def _judge_end(pod: Object, ended: Object) -> Standing:
         why = status.get("reason") or (disrupted or _NOTHING).get("reason") or "Evicted"
         said = status.get("message") or (disrupted or _NOTHING).get("message") or ""
         return Standing("interrupted", why, f"{why}: {said}"[:300], started_at, ended_at, ended.get("exitCode"))
+    if pod["metadata"].get("deletionTimestamp"):  # not by us: then more would be wanted than that it runs
+        return Standing("interrupted", "PodDeleted", "its pod was deleted by somebody else", started_at, ended_at)
     if not ended:
         said = f"{status.get('reason') or 'Failed'}: {status.get('message', '')}"[:300]
         return Standing("failed", status.get("reason") or "Failed", said)
@@ -204,6 +218,11 @@ def _first_warning(events: Sequence[Object]) -> str | None:
 def _condition(job: Object | None, kind: str) -> Object | None:
     conditions = (job or _NOTHING).get("status", _NOTHING).get("conditions", [])
     return next((c for c in conditions if c["type"] == kind and c["status"] == "True"), None)
+
+
+def _began(record: Object) -> datetime:
+    """When its present run was begun."""
+    return _time(record["data"].get("since")) or _made(record)
 
 
 def _made(made: Object) -> datetime:

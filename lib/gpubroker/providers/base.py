@@ -150,6 +150,8 @@ class Instance:
     endpoints: tuple[Endpoint, ...] = ()
     hard_stop_at: datetime | None = None
     price_micro_h: int | None = None
+    is_whole: bool = True
+    """False: the create that makes it is under way or was cut off; sent again with the same reference it completes it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,10 +91,13 @@ class Kubernetes(Provider):
             raise
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail) from None
+        _refuse_gone(record)
         try:
-            for collection, made in objects.parts(spec, ref, record["metadata"]["uid"], self.terms):
-                await self._add(collection, made)
-            await self._add("batch/v1 jobs", objects.job(record, 1))
+            if "whole" not in record["data"]:
+                for collection, made in objects.parts(spec, ref, record["metadata"]["uid"], self.terms):
+                    await self._add(collection, made)
+                await self._add("batch/v1 jobs", objects.job(record, 1))
+                await self._change(record, whole="yes")
             return Created(ref, await self._wait(ref, {"running", "failed", "stopped"}, _RUNNING_SECONDS))
         except (Rejected, CredentialRefused) as error:
             await self._undo(ref, error)
@@ -233,7 +236,7 @@ class Kubernetes(Provider):
         record = await self._record(instance_id)
         _refuse_gone(record)
         run = int(record["data"]["run"])
-        fresh = await self._change(record, lock=True, wanted="running", run=str(run + 1), ended=None)
+        fresh = await self._change(record, lock=True, wanted="running", run=str(run + 1), since=_now(), ended=None)
         await self._delete_job(instance_id, run)
         await self._add("batch/v1 jobs", objects.job(fresh, run + 1))
         seen = await self._wait(instance_id, {"running", "failed", "stopped"}, _RUNNING_SECONDS)

@@ -368,9 +368,10 @@ _LIVE_OF_POD: Final = _INSTANCE + " WHERE pod_id = %s AND role = 'live' AND gone
 _LAST_OF_POD: Final = _INSTANCE + " WHERE pod_id = %s AND role = 'live' ORDER BY known_at DESC LIMIT 1"
 _BY_PROVIDER_ID: Final = _INSTANCE + " WHERE account_id = %s AND provider_instance_id = %s FOR UPDATE"
 _PRESENT: Final = _INSTANCE + " WHERE account_id = %s AND gone_at IS NULL ORDER BY id"
-_ENDING: Final = """
-SELECT i.id FROM instance i JOIN pod p ON p.id = i.pod_id
- WHERE i.account_id = %s AND i.gone_at IS NULL AND p.wanted = 'gone'"""
+_EXPECTED: Final = """
+SELECT i.id, CASE WHEN p.wanted = 'gone' THEN 'ending' ELSE 'wanted' END
+  FROM instance i LEFT JOIN attempt a ON a.id = i.attempt_id LEFT JOIN pod p ON p.id = i.pod_id
+ WHERE i.account_id = %s AND i.gone_at IS NULL AND greatest(i.known_at, a.settled_at) < %s - %s * interval '1 second'"""
 
 
 async def _one(conn: Connection, sql: LiteralString, parameters: tuple[object, ...]) -> InstanceRow | None:
@@ -401,9 +402,14 @@ async def list_present(conn: Connection, account_id: str) -> list[InstanceRow]:
     return await cursor.fetchall()
 
 
-async def list_ending(conn: Connection, account_id: str) -> set[str]:
-    """Those of them whose pod's end is wanted: a terminate may be under way, or done and not noted yet."""
-    return {str(row[0]) for row in await (await conn.execute(_ENDING, (account_id,))).fetchall()}
+async def list_expected(conn: Connection, account_id: str, began_at: datetime, lag_seconds: int) -> dict[str, str]:
+    """Those that a listing begun at this moment must show, each `wanted` or `ending`.
+
+    What is `ending` may be away: its terminate may be under way, or done and not noted yet. What was not known, or whose
+    create was not answered, before the listing and the provider's lag may have been born after it.
+    """
+    cursor = await conn.execute(_EXPECTED, (account_id, began_at, lag_seconds))
+    return {str(row[0]): str(row[1]) for row in await cursor.fetchall()}
 
 
 _ADD_INSTANCE: Final = """
