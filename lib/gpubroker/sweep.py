@@ -150,7 +150,9 @@ async def _miss(listing: Listing, known: InstanceRow, *, counts: bool = True) ->
             return
         fresh = scene.instance
         heard = (fresh.seen_at, fresh.terminate_sent_at)
-        if any(at is not None and at > listing.began_at for at in heard):  # it was listed before that, or it may have been
+        if any(
+            at is not None and at > listing.began_at for at in heard
+        ):  # it was listed before that, or it may have been
             return
         since = fresh.missed_since if fresh.missed_since is not None and fresh.misses else listing.began_at
         missed = replace(fresh, misses=fresh.misses + int(counts), missed_since=since)

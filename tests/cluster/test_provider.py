@@ -136,7 +136,9 @@ def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(cluster: s
         assert len(get("jobs", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}")) == 1
         kubectl("-n", "gpubroker-pods", "delete", "job", f"{ref}-r1", "--wait=false")
         await adapter.create(spec, offer, ref)
-        assert not get("jobs", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}"), "what was whole is not made again"
+        assert not get("jobs", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}"), (
+            "what was whole is not made again"
+        )
         await adapter.terminate(ref)
         with pytest.raises(Rejected):
             await adapter.create(spec, offer, ref)

@@ -201,9 +201,7 @@ def test_what_cannot_run_is_refused(changes: dict[str, Any]) -> None:
 LONG_AGO = datetime(2026, 11, 22, 11, tzinfo=UTC)
 
 
-def state(
-    pod: Any = None, job: Any = None, events: Any = (), made: datetime = LONG_AGO, **data: str
-) -> states.State:
+def state(pod: Any = None, job: Any = None, events: Any = (), made: datetime = LONG_AGO, **data: str) -> states.State:
     kept = {"wanted": "running", "run": "1", "hard_stop": "1795000000", "price_micro_h": "1", "ports": "[]"} | data
     record = {"metadata": {"name": REF, "creationTimestamp": made.isoformat()}, "data": kept}
     return states.State(record, job, [pod] if pod else [], (), events)
