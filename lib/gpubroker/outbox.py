@@ -1,7 +1,8 @@
 """Writing events beside their cause, and publishing them after COMMIT.
 
 The event's row is the truth, the message only wakes. A publish that fails, is lost or comes twice changes nothing but the
-time: the tick publishes again what the Broker did not take, and what a consumer has not finished.
+time: it is tried again within seconds while this process lives, and the tick publishes what the Broker did not take by then,
+and what a consumer has not finished.
 """
 
 import asyncio
@@ -26,7 +27,11 @@ traceparent: ContextVar[str | None] = ContextVar("traceparent", default=None)
 """The W3C trace context of the request or event being worked on; events pass it on."""
 
 _TIMEOUT_SECONDS: Final = 10.0
+_AGAIN_AFTER: Final = (1.0, 3.0, 8.0)
+"""Seconds after which what the Broker did not take is sent again, before that is left to the tick: a Broker whose pods are
+replaced, or whose address is being told to the nodes, takes it then."""
 _publishing: set[asyncio.Task[None]] = set()
+_pauses: set[asyncio.Future[bool]] = set()
 _client: "httpx.AsyncClient | None" = None
 
 
@@ -65,17 +70,46 @@ store.after_commit = publish_soon
 
 
 async def publish(events: Sequence[Event]) -> None:
-    """Send events to the Broker and remember those that it took. A failure is logged; the tick tries again."""
+    """Send events to the Broker and remember those that it took. What it does not take is logged, and left to the tick."""
+    left = await _publish_once(events)
+    for seconds in _AGAIN_AFTER:
+        if not left or not await _pause(seconds):
+            return
+        left = await _publish_once(left)
+
+
+async def _pause(seconds: float) -> bool:
+    """Wait; false when there is no time for it because the process ends."""
+    loop = asyncio.get_running_loop()
+    pause: asyncio.Future[bool] = loop.create_future()
+    timer = loop.call_later(seconds, _end_pause, pause, True)
+    _pauses.add(pause)
+    try:
+        return await pause
+    finally:
+        timer.cancel()
+        _pauses.discard(pause)
+
+
+def _end_pause(pause: asyncio.Future[bool], go_on: bool) -> None:  # noqa: FBT001 - the loop calls it
+    if not pause.done():
+        pause.set_result(go_on)
+
+
+async def _publish_once(events: Sequence[Event]) -> list[Event]:
+    """Send each once, and give those that were not taken."""
     results = await asyncio.gather(*(_send(event) for event in events))
     taken = [event.id for event, was_taken in zip(events, results, strict=True) if was_taken]
+    left = [event for event, was_taken in zip(events, results, strict=True) if not was_taken]
     if not taken:
-        return
+        return left
     try:
         async with (await store.pool()).connection() as conn, conn.transaction():
             await conn.execute("SET LOCAL ROLE gpubroker_public")
             await rows.mark_published(conn, taken)
     except Exception as error:  # noqa: BLE001 - published once more is harmless, and nobody waits for an answer
         log.warning("published events could not be marked: %s", type(error).__name__)
+    return left
 
 
 async def _send(event: Event) -> bool:
@@ -121,6 +155,8 @@ def _http() -> "httpx.AsyncClient":
 async def close(seconds: float = _TIMEOUT_SECONDS) -> None:
     """Let what is being published end, at most so many seconds, and close the connection to the Broker."""
     global _client
+    for pause in [*_pauses]:
+        _end_pause(pause, False)
     if _publishing:
         await asyncio.wait(_publishing, timeout=seconds)
     closing, _client = _client, None

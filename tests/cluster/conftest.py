@@ -197,6 +197,9 @@ def gpus(cluster: str) -> Iterator[int]:
 @pytest.fixture(scope="session")
 def broker(cluster: str, gpus: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """`kubectl apply -k` on an empty cluster, and a key."""
+    kit.settle_network()
+    # What sends events goes first: sent into a namespace that is going, they would be held for the next one's functions.
+    kubectl("-n", "gpubroker", "delete", "pingsource,trigger,broker", "--all", check=False, timeout=120)
     kubectl("delete", "namespace", "gpubroker", "gpubroker-pods", "--ignore-not-found", timeout=600)
     with kit.volume("gpubroker", "data-postgres-0", tmp_path_factory):
         kubectl("apply", "-k", str(OVERLAY))
@@ -225,7 +228,12 @@ def broker(cluster: str, gpus: int, tmp_path_factory: pytest.TempPathFactory) ->
             for each in get("ksvc", "-n", "gpubroker")
         }
         deployed = Deployed(os.environ.get("GPUBROKER_CLUSTER_INGRESS", "http://10.96.0.80"), hosts, made["key"]["key"])
-        until("there are offers", lambda: deployed.call("GET", "/v1/offers").json().get("items"), 150, 2)
+
+        def has_offers() -> bool:
+            answer = deployed.call("GET", "/v1/offers")
+            return answer.status_code == 200 and bool(answer.json()["items"])
+
+        until("there are offers", has_offers, 150, 2)
         yield deployed
         kubectl("delete", "namespace", "gpubroker", "gpubroker-pods", "--wait=false")
 

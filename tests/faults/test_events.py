@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -320,12 +321,15 @@ class Broker:
     def __init__(self) -> None:
         self.taken: list[dict[str, str]] = []
         self.status = 202
+        self.refusals = 0
+        """So many it does not take first."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        if self.status < 300:
+        status, self.refusals = (503, self.refusals - 1) if self.refusals else (self.status, 0)
+        if status < 300:
             self.taken.append({name: value for name, value in headers.items() if name.startswith("ce-")})
-        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
     def of(self, what: str) -> list[dict[str, str]]:
@@ -346,9 +350,11 @@ async def publishing(broker: Broker) -> AsyncIterator[None]:
 
 
 async def published() -> None:
-    """What is being published was answered."""
+    """What is being published was answered; nobody waits to send it again."""
     while outbox._publishing:
-        await asyncio.wait(outbox._publishing)
+        await asyncio.wait(outbox._publishing, timeout=0.02)
+        for pause in [*outbox._pauses]:
+            outbox._end_pause(pause, False)
 
 
 async def test_an_event_is_published_after_its_commit_and_marked(broker_world: World) -> None:
@@ -365,6 +371,30 @@ async def test_an_event_is_published_after_its_commit_and_marked(broker_world: W
         await published()
         assert refused.status_code == 422
         assert len(broker.taken) == 1
+
+
+async def test_what_the_broker_does_not_take_for_a_moment_is_sent_again_without_a_tick(
+    broker_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, broker = broker_world, Broker()
+    monkeypatch.setattr(outbox, "_AGAIN_AFTER", (0.01, 0.02, 0.04))
+    for refusals, is_taken in ((3, True), (4, False)):
+        broker.refusals = refusals
+        async with publishing(broker):
+            pod = await world.root.pod()
+            await asyncio.gather(*outbox._publishing)
+            assert [event["published_at"] is not None for event in events_of(world, pod["id"])] == [is_taken]
+
+
+async def test_an_end_of_the_process_does_not_wait_to_send_again(broker_world: World) -> None:
+    world, broker = broker_world, Broker()
+    broker.status = 503
+    async with publishing(broker):
+        await world.root.pod()
+        began = time.monotonic()
+        await outbox.close()
+        assert time.monotonic() - began < min(outbox._AGAIN_AFTER)
+        assert not outbox._publishing
 
 
 async def test_what_the_broker_did_not_take_is_published_again_with_ever_longer_pauses(broker_world: World) -> None:

@@ -24,6 +24,8 @@ Connection = AsyncConnection[TupleRow]
 Pool = AsyncConnectionPool[Connection]
 
 _WAIT_SECONDS: Final = 15.0
+_CONNECT_SECONDS: Final = 10
+"""A connection whose first packet is lost is begun anew then; psycopg's own limit is 130 s."""
 _BEGIN_WORKER: Final = "BEGIN; SET LOCAL ROLE gpubroker_worker; SET LOCAL statement_timeout = '60s'"
 _BEGIN_PUBLIC: Final = "BEGIN; SET LOCAL ROLE gpubroker_public; SET LOCAL statement_timeout = '15s'"
 BY_INDEX: Final = (
@@ -112,7 +114,7 @@ async def _open() -> Pool:
     opened: Pool = AsyncConnectionPool(
         settings.database_url or "",
         connection_class=Connection,
-        kwargs={"autocommit": True, "application_name": "gpubroker"},
+        kwargs={"autocommit": True, "application_name": "gpubroker", "connect_timeout": _CONNECT_SECONDS},
         min_size=1,
         max_size=settings.pool_size,
         timeout=_WAIT_SECONDS,
