@@ -61,12 +61,10 @@ async def record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Re
     """On to the next offer; `wait` seconds are waited where only those are left that had no turn."""
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
-        if not await rows.settle_attempt(
+        is_known = await rows.settle_attempt(
             tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail
-        ):  # the sweep gave it up, or saw what is refused now: that never ran and never will
-            seen = await rows.lock_live(tx.conn, pod.id)
-            if seen is not None and seen.attempt_id == attempt.id and seen.started_at is None:
-                await rows.save_instance(tx.conn, replace(seen, life="failed"))
+        )
+        if not is_known and not await _give_up_unseen(tx, pod, attempt):  # too late to say anything of the pod
             await rows.wake_pod(tx.conn, pod.id)
             return
         others = {candidate["offer_id"] for candidate in work.pod.candidates} - {a.offer_id for a in work.tries}
@@ -80,6 +78,15 @@ async def record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Re
                 charge_until=pod.now.replace(microsecond=0),
             )  # fmt: skip
         await sightings.save(tx, pod, after)
+
+
+async def _give_up_unseen(tx: store.Transaction, pod: PodRow, attempt: AttemptRow) -> bool:
+    """What the sweep saw of a create that is refused in the end never ran, and never will; false when it is not of that."""
+    seen = await rows.lock_live(tx.conn, pod.id)
+    if seen is None or seen.attempt_id != attempt.id or seen.started_at is not None:
+        return False
+    await rows.save_instance(tx.conn, replace(seen, life="failed"))
+    return True
 
 
 async def make_ambiguous(work: Work, attempt: AttemptRow, code: str, detail: str) -> None:

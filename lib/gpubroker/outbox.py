@@ -7,6 +7,7 @@ and what a consumer has not finished.
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,7 @@ _TIMEOUT_SECONDS: Final = 10.0
 _AGAIN_AFTER: Final = (1.0, 3.0, 8.0)
 """Seconds after which what the Broker did not take is sent again, before that is left to the tick: a Broker whose pods are
 replaced, or whose address is being told to the nodes, takes it then."""
+_CLOSING_SECONDS: Final = 0.1
 _publishing: set[asyncio.Task[None]] = set()
 _pauses: set[asyncio.Future[bool]] = set()
 _client: "httpx.AsyncClient | None" = None
@@ -155,10 +157,11 @@ def _http() -> "httpx.AsyncClient":
 async def close(seconds: float = _TIMEOUT_SECONDS) -> None:
     """Let what is being published end, at most so many seconds, and close the connection to the Broker."""
     global _client
-    for pause in [*_pauses]:
-        _end_pause(pause, False)
-    if _publishing:
-        await asyncio.wait(_publishing, timeout=seconds)
+    until = time.monotonic() + seconds
+    while _publishing and time.monotonic() < until:
+        for pause in [*_pauses]:  # those too that begin meanwhile
+            _end_pause(pause, False)
+        await asyncio.wait(_publishing, timeout=_CLOSING_SECONDS)
     closing, _client = _client, None
     if closing is not None:
         await closing.aclose()

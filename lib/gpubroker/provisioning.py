@@ -180,11 +180,10 @@ class Driver:
             created = await asyncio.wait_for(adapter.create(spec, provider_offer(attempt), attempt.ref), limit)
         except errors.Rejected as rejection:
             await record_rejection(work, attempt, rejection)
-        except errors.Throttled as throttled:
-            code = "quota_exceeded" if throttled.wait > _LONGEST_TURN_SECONDS else throttled.code
-            await record_rejection(work, attempt, errors.Rejected(code, throttled.detail), throttled.wait)
-        except errors.CredentialRefused as refusal:
-            await record_rejection(work, attempt, errors.Rejected("credential_refused", refusal.code))
+        except (errors.Throttled, errors.CredentialRefused) as refusal:
+            if attempt.state == "created":  # what is there already may be completed later
+                raise
+            await record_rejection(work, attempt, *_as_rejection(refusal))
         except errors.AmbiguousOutcome as ambiguous:
             if ambiguous.maybe_id is not None:
                 await self._record_birth(attempt, base.Created(ambiguous.maybe_id), asked_at)
@@ -292,7 +291,7 @@ class Driver:
             await self._apply(work, None, asked_at)
         else:
             await self._apply(work, seen, asked_at)
-            if not seen.is_whole and work.pod.wanted == "running" and work.pod.now > attempt.over_at:
+            if not seen.is_whole and work.pod.now > attempt.over_at and await _keep_turn(work):
                 log.info("%s: the create of %s was cut off, and is sent again", work.pod.id, attempt.ref)
                 await self._create(work, attempt, adapter, read_spec(work.pod))
                 await _conclude(work, await _read_instant() + timedelta(seconds=_POLL_SECONDS))
@@ -302,7 +301,7 @@ class Driver:
         attempt, adapter, instance = self._parts(work)
         asked_at = await _read_instant()
         seen = await _limited(attempt, adapter.get(instance.provider_instance_id))
-        if seen.life in ("running", "starting") or sightings.ran_unseen(instance, seen):
+        if seen.life == "running" or sightings.ran_unseen(instance, seen):
             await self._apply(work, seen, asked_at)
             return
         try:
@@ -480,6 +479,27 @@ async def expire(pod_id: str) -> bool:
         because = "budget" if reason is None and pod.spec.get("paid_seconds") == life else "lifetime"
         await pod_rows.want_gone(tx.conn, pod.id, because, sightings.allowance(pod), over_at, reason)
         await sightings.announce(tx, replace(pod, state="terminating", version=pod.version + 1, ends_because=because))
+        return True
+
+
+def _as_rejection(refusal: errors.Throttled | errors.CredentialRefused) -> tuple[errors.Rejected, float]:
+    """A create that its provider would not even look at, and the seconds after which it may."""
+    if isinstance(refusal, errors.CredentialRefused):
+        return errors.Rejected("credential_refused", refusal.code), 0.0
+    code = "quota_exceeded" if refusal.wait > _LONGEST_TURN_SECONDS else refusal.code
+    return errors.Rejected(code, refusal.detail), refusal.wait
+
+
+async def _keep_turn(work: Work) -> bool:
+    """Keep the pod for as long as a create takes; false when somebody else has it, or nothing of it is wanted any more."""
+    async with store.worker() as tx:
+        pod = await rows.lock_pod(tx.conn, work.pod.id)
+        instance = await rows.lock_live(tx.conn, pod.id)
+        is_ours = instance is not None and _is_of(work, instance)
+        if pod.turn != work.pod.turn or pod.wanted != "running" or not is_ours:
+            return False
+        limit = int(work.maker.candidate.capabilities["create_limit_seconds"])
+        await rows.save_pod(tx.conn, replace(pod, due_at=pod.now + timedelta(seconds=limit)))
         return True
 
 

@@ -92,7 +92,7 @@ def _lags(scene: Scene, seen: base.Instance) -> bool:
     instance, told = scene.instance, scene.instance.commanded_at
     if instance.life != "starting" or told is None or seen.life not in ("stopped", "interrupted"):
         return False
-    if any(at is not None and at >= told for at in (seen.started_at, seen.ended_at)):
+    if ran_unseen(instance, seen) or (seen.ended_at is not None and seen.ended_at >= told):
         return False
     return scene.pod.now - told < timedelta(seconds=int(scene.capabilities.get("visibility_lag_seconds", 0)))
 
@@ -101,6 +101,8 @@ def find_moment(instance: InstanceRow, attempt: AttemptRow, seen: base.Instance,
     """When what is seen began: the provider's own time, but only between our last observation and now."""
     earliest = instance.seen_at or min(attempt.at, instance.known_at)
     told = seen.started_at if seen.life == "running" else seen.ended_at
+    if told is None and seen.life in ("stopped", "interrupted") and instance.life == "starting":
+        told = instance.commanded_at  # a run after a start or restart that nobody saw is not paid for
     return now if told is None else max(earliest, min(told, now))
 
 

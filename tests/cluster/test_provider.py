@@ -1,6 +1,7 @@
 """The provider `kubernetes` on a real cluster, beyond what every adapter keeps: disks that outlast a stop, slices of GPUs."""
 
 import asyncio
+import contextlib
 import json
 import secrets
 import shutil
@@ -87,6 +88,23 @@ def storage(broker: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Itera
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def cut_off(adapter: Kubernetes, collection: str) -> Iterator[None]:
+    """Nothing can be added to a collection meanwhile."""
+    call = adapter.cluster.call
+
+    async def cut(method: str, path: str, *arguments: Any, **query: Any) -> Any:
+        if (method, path.rpartition("/")[2]) == ("POST", collection):
+            raise ProviderError("cut_off", "the caller is gone")
+        return await call(method, path, *arguments, **query)
+
+    adapter.cluster.call = cut
+    try:
+        yield
+    finally:
+        adapter.cluster.call = call
+
+
 def test_a_stopped_pod_keeps_its_disk(storage: str, cluster: str) -> None:
     async def story(adapter: Kubernetes) -> None:
         offer = next(each for each in await adapter.list_offers() if each.gpu_count == 1)
@@ -103,6 +121,16 @@ def test_a_stopped_pod_keeps_its_disk(storage: str, cluster: str) -> None:
         await await_life(adapter, ref, "running")
         ran = await adapter.exec(ref, ["cat", "/workspace/runs"], stdin=None, timeout_seconds=10)
         assert ran.stdout == b"run\nrun\n"
+        await adapter.start(ref)  # as a driver that was not told would: it runs already
+        await adapter.stop(ref)
+        await await_life(adapter, ref, "stopped")
+        with cut_off(adapter, "jobs"), pytest.raises(ProviderError):
+            await adapter.start(ref)
+        assert (await adapter.get(ref)).life == "starting", "for all that can be known its Job is about to be made"
+        await adapter.start(ref)
+        await await_life(adapter, ref, "running")
+        ran = await adapter.exec(ref, ["cat", "/workspace/runs"], stdin=None, timeout_seconds=10)
+        assert ran.stdout == b"run\nrun\nrun\n"
         await adapter.terminate(ref)
         await await_life(adapter, ref, "gone")
         claims = ["persistentvolumeclaims", "-n", "gpubroker-pods", "-l", f"gpubroker.io/ref={ref}"]
@@ -116,19 +144,10 @@ def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(cluster: s
     del broker
 
     async def story(adapter: Kubernetes) -> None:
-        call = adapter.cluster.call
-
-        async def cut(method: str, path: str, *arguments: Any, **query: Any) -> Any:
-            if (method, path.rpartition("/")[2]) == ("POST", "jobs"):
-                raise ProviderError("cut_off", "the caller is gone")
-            return await call(method, path, *arguments, **query)
-
         offer = next(each for each in await adapter.list_offers() if each.gpu_count == 1)
         ref, spec = make_ref(), replace(make_spec("sleep", "600"), env={"A": "1"}, ports=(base.Port(8000, "http"),))
-        adapter.cluster.call = cut
-        with pytest.raises(AmbiguousOutcome):
+        with cut_off(adapter, "jobs"), pytest.raises(AmbiguousOutcome):
             await adapter.create(spec, offer, ref)
-        adapter.cluster.call = call
         for seen in (await adapter.get(ref), *await adapter.find_by_ref(ref), *await adapter.list_managed("testtest")):
             assert (seen.id, seen.life, seen.status, seen.is_whole) == (ref, "starting", "Incomplete", False)
         await asyncio.gather(*(adapter.create(spec, offer, ref) for _ in range(2)))

@@ -113,6 +113,17 @@ async def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(worl
     check_instances(world, {pod_id})
 
 
+async def test_a_create_that_was_cut_off_waits_for_a_provider_that_has_no_turn(world: World) -> None:
+    await rent_from(world, Piecemeal())
+    pod_id = await start_pod(world)
+    world.provider.fail["create"] = [Throttled("too_many_requests", wait=5), CredentialRefused("unauthorized")]
+    await heal(world, ticks=8, seconds=10)
+    pod = await show(world, pod_id)
+    assert (pod["state"], [a["outcome"] for a in pod["attempts"]]) == ("running", ["created"])
+    assert world.provider.count("create") == 4
+    assert world.provider.alive() == ["i-1"]
+
+
 async def test_a_create_that_was_cut_off_and_is_not_wanted_any_more_is_ended(world: World) -> None:
     await rent_from(world, Piecemeal())
     pod_id = await start_pod(world)
@@ -944,6 +955,41 @@ async def test_a_start_that_its_provider_shows_late_is_not_taken_for_an_end(worl
     await world.root.delete(f"/v1/pods/{pod_id}")
     await minutes(world, 4)
     check_all_ended(world)
+
+
+@pytest.mark.parametrize("tells_times", [True, False])
+async def test_a_run_that_ended_right_after_its_start_is_paid_for_as_long_as_it_was(
+    world: World, tells_times: bool
+) -> None:
+    class Short(Simulated):
+        """What is started runs for a second; some say when that began, some nothing."""
+
+        async def start(self, instance_id: str) -> None:
+            await super().start(instance_id)
+            rented = self.rented[instance_id]
+            rented.runs[-1].append(rented.runs[-1][0] + 1)
+            rented.life = "stopped"
+
+        def see(self, rented: Rented) -> base.Instance:
+            seen = super().see(rented)
+            return replace(seen, ended_at=None, started_at=seen.started_at if tells_times else None)
+
+    await rent_from(world, Short())
+    pod_id = await start_pod(world)
+    await minutes(world, 1)
+    await world.root.post(f"/v1/pods/{pod_id}/stop", status=202)
+    await world.drive_due()
+    await minutes(world, 1)
+    await world.root.post(f"/v1/pods/{pod_id}/start", status=202)
+    for _ in range(20):
+        await world.pass_time(seconds=5)
+        await world.drive_due()
+    assert (await show(world, pod_id))["state"] == "stopped"
+    await world.root.delete(f"/v1/pods/{pod_id}")
+    await minutes(world, 4)
+    check_all_ended(world)
+    stored = 100_000 * 180 // 3600  # a stopped disk costs as well
+    assert micro(world, "usage") <= cost(60 + 3 + 2) + stored
 
 
 async def test_a_late_answer_about_an_instance_that_was_given_up_says_nothing_of_the_next(world: World) -> None:

@@ -97,11 +97,16 @@ class Kubernetes(Provider):
                 for collection, made in objects.parts(spec, ref, record["metadata"]["uid"], self.terms):
                     await self._add(collection, made)
                 await self._add("batch/v1 jobs", objects.job(record, 1))
-                await self._change(record, whole="yes")
-            return Created(ref, await self._wait(ref, {"running", "failed", "stopped"}, _RUNNING_SECONDS))
         except (Rejected, CredentialRefused) as error:
             await self._undo(ref, error)
             raise
+        except ProviderError as error:
+            raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
+        try:
+            now = await self._change(record, whole="yes")
+            if now["data"]["wanted"] == "gone":  # ended meanwhile: what was made after that goes as well
+                await self._clear(ref)
+            return Created(ref, await self._wait(ref, {"running", "failed", "stopped", "gone"}, _RUNNING_SECONDS))
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
 
@@ -232,9 +237,16 @@ class Kubernetes(Provider):
             return
 
     async def start(self, instance_id: str) -> None:
-        """Start what is stopped, in a new run on the same disk. Raises Rejected `no_capacity` when it fits nowhere now."""
+        """Start what is stopped, in a new run on the same disk. Raises Rejected `no_capacity` when it fits nowhere now.
+
+        What is on its way already, by another caller, is left to come.
+        """
         record = await self._record(instance_id)
         _refuse_gone(record)
+        state = await self._look(record)
+        stands = states.judge(state, datetime.now(UTC))
+        if state.job is not None and stands.life in ("starting", "running") and stands.status != "Unschedulable":
+            return
         run = int(record["data"]["run"])
         fresh = await self._change(record, lock=True, wanted="running", run=str(run + 1), since=_now(), ended=None)
         await self._delete_job(instance_id, run)

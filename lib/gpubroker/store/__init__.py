@@ -14,6 +14,7 @@ from typing import Final, LiteralString, NamedTuple
 
 import psycopg
 from psycopg import AsyncConnection
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow, class_row
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
@@ -114,7 +115,7 @@ async def _open() -> Pool:
     opened: Pool = AsyncConnectionPool(
         settings.database_url or "",
         connection_class=Connection,
-        kwargs={"autocommit": True, "application_name": "gpubroker", "connect_timeout": _CONNECT_SECONDS},
+        kwargs={"autocommit": True, "application_name": "gpubroker"} | _connect_limit(settings.database_url or ""),
         min_size=1,
         max_size=settings.pool_size,
         timeout=_WAIT_SECONDS,
@@ -132,6 +133,10 @@ async def _open() -> Pool:
         await opened.close(timeout=1)
         raise
     return opened
+
+
+def _connect_limit(database_url: str) -> dict[str, int]:
+    return {} if "connect_timeout" in conninfo_to_dict(database_url) else {"connect_timeout": _CONNECT_SECONDS}
 
 
 async def close() -> None:
