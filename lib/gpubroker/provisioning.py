@@ -292,9 +292,17 @@ class Driver:
         else:
             await self._apply(work, seen, asked_at)
             if not seen.is_whole and work.pod.now > attempt.over_at and await _keep_turn(work):
-                log.info("%s: the create of %s was cut off, and is sent again", work.pod.id, attempt.ref)
-                await self._create(work, attempt, adapter, read_spec(work.pod))
-                await _conclude(work, await _read_instant() + timedelta(seconds=_POLL_SECONDS))
+                await self._complete(work)
+
+    async def _complete(self, work: Work) -> None:
+        """Send a create, or a start, again that was cut off."""
+        attempt, adapter, instance = self._parts(work)
+        log.info("%s: %s is not whole, and is completed", work.pod.id, attempt.ref)
+        if instance.started_at is not None:
+            await self._start(work)
+            return
+        await self._create(work, attempt, adapter, read_spec(work.pod))
+        await _conclude(work, await _read_instant() + timedelta(seconds=_POLL_SECONDS))
 
     async def _start(self, work: Work) -> None:
         """Start it, unless a start whose caller was lost did: the program may even have ended since."""

@@ -5,6 +5,7 @@ that they delete first. On another cluster than the kit's, GPUBROKER_CLUSTER_ING
 """
 
 import base64
+import contextlib
 import json
 import os
 import secrets
@@ -199,7 +200,8 @@ def broker(cluster: str, gpus: int, tmp_path_factory: pytest.TempPathFactory) ->
     """`kubectl apply -k` on an empty cluster, and a key."""
     kit.settle_network()
     # What sends events goes first: sent into a namespace that is going, they would be held for the next one's functions.
-    kubectl("-n", "gpubroker", "delete", "pingsource,trigger,broker", "--all", check=False, timeout=120)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        kubectl("-n", "gpubroker", "delete", "pingsource,trigger,broker", "--all", check=False, timeout=120)
     kubectl("delete", "namespace", "gpubroker", "gpubroker-pods", "--ignore-not-found", timeout=600)
     with kit.volume("gpubroker", "data-postgres-0", tmp_path_factory):
         kubectl("apply", "-k", str(OVERLAY))

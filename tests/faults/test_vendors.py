@@ -98,8 +98,42 @@ class Piecemeal(Final):
         self.run(known.id)
         return base.Created(known.id, self.see(known))
 
+    async def start(self, instance_id: str) -> None:
+        await self._begin("start", instance_id)
+        rented = self._find(instance_id)
+        if rented.life == "starting":
+            self.run(instance_id)
+            return
+        rented.life = "starting"
+        raise TimeoutError
+
+    async def restart(self, instance_id: str) -> None:
+        await super().restart(instance_id)
+        self.halt(instance_id)
+        await self.start(instance_id)
+
     def see(self, rented: Rented) -> base.Instance:
         return replace(super().see(rented), is_whole=rented.life != "starting")
+
+
+@pytest.mark.parametrize("sweeps", [False, True])
+@pytest.mark.parametrize("command", ["start", "restart"])
+async def test_a_start_that_was_cut_off_is_completed(world: World, command: str, *, sweeps: bool) -> None:
+    await rent_from(world, Piecemeal())
+    pod_id = await start_pod(world)
+    await heal(world, ticks=4, seconds=10)
+    if command == "start":
+        await world.root.post(f"/v1/pods/{pod_id}/stop", status=202)
+        await world.drive_due()
+    await world.root.post(f"/v1/pods/{pod_id}/{command}", status=202)
+    await world.drive(pod_id)
+    if sweeps:
+        await world.sweep()
+    await heal(world, ticks=4, seconds=10)
+    assert (await show(world, pod_id))["state"] == "running"
+    assert world.provider.count("start") == 2
+    assert (await show(world, pod_id))["billing"] == "full"
+    check_instances(world, {pod_id})
 
 
 async def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(world: World) -> None:
@@ -116,7 +150,7 @@ async def test_a_create_that_was_cut_off_is_completed_by_the_same_reference(worl
 async def test_a_create_that_was_cut_off_waits_for_a_provider_that_has_no_turn(world: World) -> None:
     await rent_from(world, Piecemeal())
     pod_id = await start_pod(world)
-    world.provider.fail["create"] = [Throttled("too_many_requests", wait=5), CredentialRefused("unauthorized")]
+    world.provider.fail["create"] = [Throttled("throttled", wait=5), CredentialRefused("unauthorized")]
     await heal(world, ticks=8, seconds=10)
     pod = await show(world, pod_id)
     assert (pod["state"], [a["outcome"] for a in pod["attempts"]]) == ("running", ["created"])

@@ -199,6 +199,7 @@ def test_what_cannot_run_is_refused(changes: dict[str, Any]) -> None:
 
 
 LONG_AGO = datetime(2026, 11, 22, 11, tzinfo=UTC)
+JUST_NOW = datetime(2026, 11, 22, 11, 57, tzinfo=UTC)
 
 
 def state(pod: Any = None, job: Any = None, events: Any = (), made: datetime = LONG_AGO, **data: str) -> states.State:
@@ -255,10 +256,13 @@ def ended(code: int, reason: str) -> Any:
     ("seen", "life", "said"),
     [
         (state(), "interrupted", "its Job was deleted"),
-        (state(made=NOW - timedelta(seconds=200)), "starting", None),
-        (state(made=NOW - timedelta(seconds=200), whole="yes"), "interrupted", "its Job was deleted"),
-        (state(run="2", since=(NOW - timedelta(seconds=5)).isoformat()), "starting", None),
-        (state(run="2", since=(NOW - timedelta(seconds=90)).isoformat()), "interrupted", "its Job was deleted"),
+        (state(made=JUST_NOW, whole="0"), "starting", None),
+        (state(whole="0"), "failed", "its create was cut off"),
+        (state(made=JUST_NOW), "interrupted", "its Job was deleted"),
+        (state(made=JUST_NOW, whole="1"), "interrupted", "its Job was deleted"),
+        (state(run="2", whole="1", since=JUST_NOW.isoformat()), "starting", None),
+        (state(run="2", whole="1", since=LONG_AGO.isoformat()), "interrupted", "its Job was deleted"),
+        (state(run="2", whole="2", since=JUST_NOW.isoformat()), "interrupted", "its Job was deleted"),
         (state(job={"metadata": {"name": "j"}}), "starting", None),
         (state(job={"metadata": {"name": "j"}}, events=[WARNING]), "starting", "FailedCreate: exceeded quota"),
         (state(pod(conditions=UNSCHEDULABLE)), "starting", "Unschedulable: 0/1 nodes"),
@@ -302,11 +306,12 @@ def test_what_a_state_means(seen: states.State, life: str, said: str | None) -> 
 
 
 def test_a_record_without_a_job_is_the_beginning_of_a_create_for_a_while() -> None:
-    begun = state(made=NOW - timedelta(seconds=200))
+    begun = state(made=JUST_NOW, whole="0")
     assert not states.is_whole(begun, NOW)
     assert states.is_whole(begun._replace(job=job()), NOW)
-    assert states.is_whole(state(made=NOW - timedelta(seconds=200), whole="yes"), NOW)
-    assert states.is_whole(state(), NOW), "nobody sends it again any more"
+    assert states.is_whole(state(made=JUST_NOW, whole="1"), NOW)
+    assert states.is_whole(state(made=JUST_NOW), NOW), "a record of before there was such a note"
+    assert states.is_whole(state(whole="0"), NOW), "nobody sends it again any more"
 
 
 def test_an_end_has_its_times_and_its_code() -> None:
@@ -396,7 +401,7 @@ def test_a_rotation_loses_nothing_that_is_younger() -> None:
         (403, {"message": "violates PodSecurity"}, Rejected, "refused"),
         (409, {"reason": "AlreadyExists"}, Rejected, "alreadyexists"),
         (422, {"reason": "Invalid"}, Rejected, "invalid"),
-        (429, {}, Throttled, "too_many_requests"),
+        (429, {}, Throttled, "throttled"),
         (500, {"reason": "InternalError"}, ProviderError, "internalerror"),
     ],
 )

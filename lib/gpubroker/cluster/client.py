@@ -197,7 +197,7 @@ def _fail(status: int, body: bytes | str) -> ProviderError:
     if status == 403:  # noqa: PLR2004 - a quota, or the namespace's Pod Security
         return Rejected("quota_exceeded" if "quota" in message else "refused", message)
     if status == 429:  # noqa: PLR2004 - as above
-        return Throttled("too_many_requests", message)
+        return Throttled("throttled", message)
     if status in (400, 409, 413, 422):
         return Rejected(reason.lower(), message, try_next_offer=False)
     return ProviderError(reason.lower(), message)

@@ -19,6 +19,8 @@ CONTAINER: Final = "pod"
 DISK: Final = "/workspace"
 ACCOUNT: Final = "customer"
 """The ServiceAccount of every pod: it may do nothing, and no token of it is mounted."""
+NOT_WHOLE: Final = "0"
+"""A record's `whole` is the last run whose Job was made."""
 _USER: Final = 1000
 _GRACE_SECONDS: Final = 5
 _CPU_REQUESTED: Final = 0.25
@@ -46,6 +48,7 @@ def record(spec: Spec, offer: ProviderOffer, ref: str, terms: Terms) -> Object:
         "pod": json.dumps(_pod(spec, offer, ref, terms)),
         "wanted": "running",
         "run": "1",
+        "whole": NOT_WHOLE,
         "hard_stop": str(int(spec.hard_stop_at.timestamp())),
         "price_micro_h": str(offer.price_micro_h),
         "ports": json.dumps([[port.port, port.protocol] for port in spec.ports]),

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 from gpubroker.cluster.client import Object
-from gpubroker.cluster.objects import RUN
+from gpubroker.cluster.objects import NOT_WHOLE, RUN
 from gpubroker.providers.base import Endpoint, Instance, Life
 
 HOPELESS: Final = frozenset(
@@ -19,9 +19,8 @@ PULL_TRIES: Final = 4
 """So often, and since so long, must a pull have failed: a large image comes slowly, and one failure on its way is mended."""
 SCHEDULE_SECONDS: Final = 60
 """So long a pod that fits nowhere may wait before it is given up. A cluster that adds nodes is to have them by then."""
-_NO_JOB_SECONDS: Final = 60
 _CUT_OFF_SECONDS: Final = 600
-"""So long a create that was cut off waits to be sent again; nobody sends it after its time, which is 50 s, and a few looks."""
+"""So long what was cut off is sent again: then nobody is left who would."""
 _NOTHING: Final[Object] = {}
 _TAKEN: Final = frozenset({"Evicted", "Preempting", "Shutdown", "NodeLost", "NodeShutdown", "Terminated"})
 
@@ -103,18 +102,25 @@ def judge(state: State, now: datetime) -> Standing:  # noqa: PLR0911 - a table
     if failed is not None or _condition(job, "Complete") is not None:
         over_at = _time((failed or _condition(job, "Complete") or _NOTHING).get("lastTransitionTime"))
         return Standing("interrupted", "PodDeleted", "its pod was deleted by somebody else", ended_at=over_at)
-    if job is None and not is_whole(state, now):
-        return Standing("starting", "Incomplete")
-    if job is None and now - _began(state.record) > timedelta(seconds=_NO_JOB_SECONDS):
-        return Standing("interrupted", "JobDeleted", "its Job was deleted by somebody else")
+    if job is None:
+        return _judge_no_job(state, now)
     return Standing("starting", "Pending", _first_warning(state.events))
 
 
+def _judge_no_job(state: State, now: datetime) -> Standing:
+    if not is_whole(state, now):
+        return Standing("starting", "Incomplete")
+    if state.record["data"].get("whole") == NOT_WHOLE:
+        return Standing("failed", "Incomplete", "its create was cut off")
+    return Standing("interrupted", "JobDeleted", "its Job was deleted by somebody else")
+
+
 def is_whole(state: State, now: datetime) -> bool:
-    """Whether its create came to its end: the Job is made last, and noted in the record then."""
+    """Whether the create or start of its present run came to its end, or will not any more: its Job is made last."""
     data = state.record["data"]
-    is_begun = state.job is None and not state.pods and data["run"] == "1" and data["wanted"] == "running"
-    return not is_begun or "whole" in data or now - _made(state.record) > timedelta(seconds=_CUT_OFF_SECONDS)
+    is_begun = state.job is None and state.pod is None and data["wanted"] == "running"
+    is_noted = data.get("whole", data["run"]) == data["run"]  # records of old have no note
+    return not is_begun or is_noted or now - _began(state.record) > timedelta(seconds=_CUT_OFF_SECONDS)
 
 
 def _judge_pod(state: State, pod: Object, now: datetime) -> Standing:

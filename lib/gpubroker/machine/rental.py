@@ -187,7 +187,7 @@ def rent_out(
                 born = born._replace(image=engine.full_name(spec.image), engine=used._asdict(), login=login or "")
             folder.give_birth(born, hard_stop_at=spec.hard_stop_at.timestamp(), ports=ports, gpus=chosen)
     except folder.Busy:
-        raise Throttled("busy", "another process grants shares of this machine", wait=2.0) from None
+        raise Throttled("throttled", "another process grants shares of this machine", wait=2.0) from None
     except OSError as error:
         if not folder.place(all_pods, ref):
             raise Rejected("machine_failed", str(error), try_next_offer=True) from None

@@ -151,7 +151,7 @@ class Instance:
     hard_stop_at: datetime | None = None
     price_micro_h: int | None = None
     is_whole: bool = True
-    """False: the create that makes it is under way or was cut off; sent again with the same reference it completes it."""
+    """False: the create or start that makes it run is under way or was cut off; the same, sent again, completes it."""
 
 
 @dataclass(frozen=True, slots=True)

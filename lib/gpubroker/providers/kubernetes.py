@@ -93,7 +93,7 @@ class Kubernetes(Provider):
             raise AmbiguousOutcome(error.code, error.detail) from None
         _refuse_gone(record)
         try:
-            if "whole" not in record["data"]:
+            if record["data"].get("whole") == objects.NOT_WHOLE:
                 for collection, made in objects.parts(spec, ref, record["metadata"]["uid"], self.terms):
                     await self._add(collection, made)
                 await self._add("batch/v1 jobs", objects.job(record, 1))
@@ -103,7 +103,7 @@ class Kubernetes(Provider):
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
         try:
-            now = await self._change(record, whole="yes")
+            now = await self._change(record, whole=record["data"]["run"])
             if now["data"]["wanted"] == "gone":  # ended meanwhile: what was made after that goes as well
                 await self._clear(ref)
             return Created(ref, await self._wait(ref, {"running", "failed", "stopped", "gone"}, _RUNNING_SECONDS))
@@ -239,23 +239,23 @@ class Kubernetes(Provider):
     async def start(self, instance_id: str) -> None:
         """Start what is stopped, in a new run on the same disk. Raises Rejected `no_capacity` when it fits nowhere now.
 
-        What is on its way already, by another caller, is left to come.
+        A start that was cut off, or is another caller's, is completed, not begun anew.
         """
         record = await self._record(instance_id)
         _refuse_gone(record)
-        state = await self._look(record)
-        stands = states.judge(state, datetime.now(UTC))
-        if state.job is not None and stands.life in ("starting", "running") and stands.status != "Unschedulable":
-            return
+        stands = states.judge(await self._look(record), datetime.now(UTC))
+        if record["data"]["wanted"] != "running" or stands.life not in ("starting", "running"):
+            run = int(record["data"]["run"]) + 1
+            record = await self._change(record, lock=True, wanted="running", run=str(run), since=_now(), ended=None)
         run = int(record["data"]["run"])
-        fresh = await self._change(record, lock=True, wanted="running", run=str(run + 1), since=_now(), ended=None)
-        await self._delete_job(instance_id, run)
-        await self._add("batch/v1 jobs", objects.job(fresh, run + 1))
+        await self._delete_job(instance_id, run - 1)
+        await self._add("batch/v1 jobs", objects.job(record, run))
+        await self._change(record, whole=str(run))
         seen = await self._wait(instance_id, {"running", "failed", "stopped"}, _RUNNING_SECONDS)
         if seen.status == "Unschedulable":
             seen = await self._wait(instance_id, {"running"}, _SCHEDULED_SECONDS)
         if seen.status == "Unschedulable":
-            await self._stop(fresh)
+            await self._stop(record)
             raise Rejected("no_capacity", seen.reason or "")
 
     async def restart(self, instance_id: str) -> None:
