@@ -597,6 +597,9 @@ async def _refuse_start(work: Work, rejection: errors.Rejected) -> None:
         if pod.wanted != "running":
             await rows.wake_pod(tx.conn, pod.id)
             return
+        instance = await rows.lock_live(tx.conn, pod.id)
+        if instance is not None and _is_of(work, instance):  # a look meanwhile may have seen it starting
+            await rows.save_instance(tx.conn, replace(instance, life="stopped", commanded_at=pod.now))
         reason = f"it could not be started: {rejection.code}"
         stopped = replace(
             pod, state="stopped", state_reason=reason, wanted="stopped", wanted_at=pod.now, due_at=pod.ends_at

@@ -21,6 +21,8 @@ SCHEDULE_SECONDS: Final = 60
 """So long a pod that fits nowhere may wait before it is given up. A cluster that adds nodes is to have them by then."""
 _CUT_OFF_SECONDS: Final = 600
 """So long what was cut off is sent again: then nobody is left who would."""
+_UNNOTED_SECONDS: Final = 60
+"""The same for records of older versions, which do not say how far their create or start came."""
 _NOTHING: Final[Object] = {}
 _TAKEN: Final = frozenset({"Evicted", "Preempting", "Shutdown", "NodeLost", "NodeShutdown", "Terminated"})
 
@@ -110,7 +112,8 @@ def judge(state: State, now: datetime) -> Standing:  # noqa: PLR0911 - a table
 def _judge_no_job(state: State, now: datetime) -> Standing:
     if not is_whole(state, now):
         return Standing("starting", "Incomplete")
-    if state.record["data"].get("whole") == NOT_WHOLE:
+    data = state.record["data"]
+    if (data["run"], data.get("whole")) == ("1", NOT_WHOLE):
         return Standing("failed", "Incomplete", "its create was cut off")
     return Standing("interrupted", "JobDeleted", "its Job was deleted by somebody else")
 
@@ -119,8 +122,9 @@ def is_whole(state: State, now: datetime) -> bool:
     """Whether the create or start of its present run came to its end, or will not any more: its Job is made last."""
     data = state.record["data"]
     is_begun = state.job is None and state.pod is None and data["wanted"] == "running"
-    is_noted = data.get("whole", data["run"]) == data["run"]  # records of old have no note
-    return not is_begun or is_noted or now - _began(state.record) > timedelta(seconds=_CUT_OFF_SECONDS)
+    limit = _CUT_OFF_SECONDS if "whole" in data else _UNNOTED_SECONDS
+    is_noted = data.get("whole") == data["run"]
+    return not is_begun or is_noted or now - _began(state.record) > timedelta(seconds=limit)
 
 
 def _judge_pod(state: State, pod: Object, now: datetime) -> Standing:

@@ -92,23 +92,31 @@ class Kubernetes(Provider):
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail) from None
         _refuse_gone(record)
+        run = record["data"]["run"]
         try:
-            if record["data"].get("whole") == objects.NOT_WHOLE:
+            if record["data"].get("whole") != run:
                 for collection, made in objects.parts(spec, ref, record["metadata"]["uid"], self.terms):
                     await self._add(collection, made)
-                await self._add("batch/v1 jobs", objects.job(record, 1))
+                await self._add("batch/v1 jobs", objects.job(record, int(run)))
         except (Rejected, CredentialRefused) as error:
             await self._undo(ref, error)
             raise
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
         try:
-            now = await self._change(record, whole=record["data"]["run"])
-            if now["data"]["wanted"] == "gone":  # ended meanwhile: what was made after that goes as well
-                await self._clear(ref)
+            await self._note_whole(record)
             return Created(ref, await self._wait(ref, {"running", "failed", "stopped", "gone"}, _RUNNING_SECONDS))
         except ProviderError as error:
             raise AmbiguousOutcome(error.code, error.detail, maybe_id=ref) from None
+
+    async def _note_whole(self, record: Object) -> None:
+        """Note that its run has its Job. What was ended or stopped meanwhile, before this Job was there, loses it again."""
+        ref, run = record["metadata"]["name"], record["data"]["run"]
+        now = (await self._change(record, whole=run))["data"]
+        if now["wanted"] == "gone":
+            await self._clear(ref)
+        elif (now["wanted"], now["run"]) != ("running", run):
+            await self._delete_job(ref, int(run))
 
     async def _make_record(self, made: Object, ref: str) -> Object:
         try:
@@ -162,9 +170,12 @@ class Kubernetes(Provider):
     async def get(self, instance_id: str) -> Instance:
         """One pod now, and why it does not run yet. What its deadline ended is cleared away at this look."""
         record = await self._record(instance_id)
-        instance = states.present(await self._look(record), self.terms.host)
+        state = await self._look(record)
+        instance = states.present(state, self.terms.host)
         if instance.life == "gone":
             await self._bury(record, instance)
+        elif state.job is not None and record["data"].get("whole") != record["data"]["run"]:
+            await self._note_whole(record)  # whoever made the Job could not
         return instance
 
     async def _look(self, record: Object) -> states.State:
@@ -222,9 +233,9 @@ class Kubernetes(Provider):
 
     async def _stop(self, record: Object) -> None:
         _refuse_gone(record)
-        ref, run = record["metadata"]["name"], int(record["data"]["run"])
-        await self._change(record, wanted="stopped", ended=_now())
-        await self._delete_job(ref, run)
+        ref = record["metadata"]["name"]
+        now = await self._change(record, wanted="stopped", ended=_now())
+        await self._delete_job(ref, int(now["data"]["run"]))
         await self._wait(ref, {"stopped"}, _ENDED_SECONDS)
         await self._change(record, ended=_now())
 
@@ -250,7 +261,7 @@ class Kubernetes(Provider):
         run = int(record["data"]["run"])
         await self._delete_job(instance_id, run - 1)
         await self._add("batch/v1 jobs", objects.job(record, run))
-        await self._change(record, whole=str(run))
+        await self._note_whole(record)
         seen = await self._wait(instance_id, {"running", "failed", "stopped"}, _RUNNING_SECONDS)
         if seen.status == "Unschedulable":
             seen = await self._wait(instance_id, {"running"}, _SCHEDULED_SECONDS)
