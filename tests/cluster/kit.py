@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,4 +105,8 @@ def restart_api_server() -> None:
     """Kill it and bring it back, as its supervisor would."""
     pid = int((RUN / "pids/apiserver").read_text().split()[0])
     os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():  # `up` starts none while one is there, however dead; its memory takes a moment
+        assert time.monotonic() < deadline, f"{pid} was killed and is still there"
+        time.sleep(0.05)
     subprocess.run([HOME / "up", "--knative"], check=True, capture_output=True, timeout=300)
