@@ -61,10 +61,10 @@ async def record_rejection(work: Work, attempt: AttemptRow, rejection: errors.Re
     """On to the next offer; `wait` seconds are waited where only those are left that had no turn."""
     async with store.worker() as tx:
         pod = await rows.lock_pod(tx.conn, work.pod.id)
-        is_known = await rows.settle_attempt(
+        is_settled = await rows.settle_attempt(
             tx.conn, attempt.id, "rejected", code=rejection.code, detail=rejection.detail
         )
-        if not is_known and not await _give_up_unseen(tx, pod, attempt):  # too late to say anything of the pod
+        if not is_settled and not await _give_up_unseen(tx, pod, attempt):  # too late to say anything of the pod
             await rows.wake_pod(tx.conn, pod.id)
             return
         others = {candidate["offer_id"] for candidate in work.pod.candidates} - {a.offer_id for a in work.tries}

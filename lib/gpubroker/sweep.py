@@ -149,10 +149,8 @@ async def _miss(listing: Listing, known: InstanceRow, *, counts: bool = True) ->
         if scene is None:
             return
         fresh = scene.instance
-        heard = (fresh.seen_at, fresh.terminate_sent_at)
-        if any(
-            at is not None and at > listing.began_at for at in heard
-        ):  # it was listed before that, or it may have been
+        # A look or a terminate since then knows better: the listing may have been made before or after it.
+        if any(at is not None and at > listing.began_at for at in (fresh.seen_at, fresh.terminate_sent_at)):
             return
         since = fresh.missed_since if fresh.missed_since is not None and fresh.misses else listing.began_at
         missed = replace(fresh, misses=fresh.misses + int(counts), missed_since=since)
